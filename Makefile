@@ -1,0 +1,40 @@
+# The same commands by hand and in CI. Every target does its own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install demo test check bench soak clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvstore needs Python 3.11 or newer: make PYTHON=python3.11 install")'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing (the first time takes minutes)"
+	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install --quiet torch==2.13.0
+	@$(PIP) install --quiet -e '.[transformers,bench,dev]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@mkdir -p out
+	@$(BIN)/kvstore replay bench/data/demo.json --dir out/demo-cache --json out/demo.json --report out/demo.html
+
+test: $(STAMP)
+	@$(BIN)/pytest
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@mkdir -p out
+	@$(BIN)/python -m kvstore.bench.micro --json out/micro.json
+
+soak: $(STAMP)
+	@$(BIN)/pytest -m soak --timeout 7200
+
+clean:
+	@rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Adapters: one module per engine; importing this package loads no engine."""

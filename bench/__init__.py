@@ -1,0 +1,1 @@
+"""Benchmarks: replay of chat logs through a model, micro benchmarks, reports."""

@@ -1,0 +1,34 @@
+"""kvstore: a hierarchical KV-cache store for LLM inference.
+
+>>> import kvstore
+>>> with kvstore.open(host="64MiB") as store:
+...     store.stats()["tiers"]["host"]["blocks"]
+0
+"""
+
+from kvstore.config import open
+from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreClosed, Unsupported
+from kvstore.keys import Extra, Fingerprint, Namespace
+from kvstore.layout import LayerShape, Layout
+from kvstore.store import Store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the store
+    "open",
+    "Store",
+    # what identifies bytes
+    "Extra",
+    "Fingerprint",
+    "LayerShape",
+    "Layout",
+    "Namespace",
+    # errors
+    "BadInput",
+    "ForkError",
+    "KVStoreError",
+    "StoreBusy",
+    "StoreClosed",
+    "Unsupported",
+]

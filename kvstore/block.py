@@ -1,0 +1,295 @@
+"""The header of a block: what its bytes are, whose, and the checksums that prove it. FORMAT.md is the prose.
+
+A slot is ``[header area][payload]``. The header area starts with a fixed struct, then msgpack metadata, the piece
+table and one xxh3_64 per piece; an xxh3_128 covers all of it. Nothing in a header is trusted before that matches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from kvstore.errors import BadInput, Corrupt
+from kvstore.keys import KEY_BYTES, TOKEN_BYTES
+from kvstore.layout import MAX_LAYERS, PIECE_BYTES, LayerShape, Layout
+
+MAGIC = b"KVBLOCK1"
+VERSION = 1
+# magic, version, flags (whoever does not know one must not read on), bytes of the header area, of the metadata, number
+# of pieces, bytes of the payload, xxh3_128 of the header with this field zero
+FIXED = struct.Struct("<8sHHIIIQ16s")
+# kind, codec, layer, first head, number of heads, offset in the payload, raw length, stored length
+PIECE = struct.Struct("<BBHHHQQQ")
+CODEC_PLAIN = 0
+KIND_OPAQUE = 2
+FORMS = ("pre", "rotated", "opaque")
+MAX_METADATA = 16 << 20
+STEP_BYTES = 256 << 10  # copied and checked while it is in the core's cache
+MAX_NUMBER = 1 << 63
+assert PIECE.size == PIECE_BYTES
+_TYPES = {
+    "key": bytes,
+    "parent": bytes,
+    "root": bool,
+    "namespace": bytes,
+    "fingerprint": bytes,
+    "tenant": str,
+    "owner": str,
+    "tokens": bytes,
+    "stride": int,
+    "sequence": int,
+    "created": float,
+    "expires": float,
+    "form": str,
+    "base": int,
+    "writer": str,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything that is known of one block beside its payload.
+
+    ``tokens`` are little-endian uint32 bytes; ``checksums`` one xxh3_64 per piece in the order of ``layout.pieces``;
+    ``created`` and ``expires`` are Unix seconds (``expires`` 0: never); ``sequence`` orders writes of one store.
+    ``form`` says whether keys are before RoPE (``pre``), rotated at ``base``, or opaque to us.
+    """
+
+    key: bytes
+    parent: bytes
+    root: bool
+    namespace: bytes
+    fingerprint: bytes
+    tenant: str
+    owner: str
+    tokens: bytes
+    layout: Layout
+    stride: int
+    sequence: int
+    created: float
+    expires: float = 0.0
+    form: str = "pre"
+    base: int = 0
+    writer: str = ""
+    checksums: array[int] | None = None
+
+    @property
+    def token_count(self) -> int:
+        """Number of tokens in the block."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of header area and payload."""
+        return self.layout.slot_bytes(self.stride)
+
+
+def address_of(buffer: object) -> int:
+    """Memory address of the first byte of a writable buffer, for ``ctypes.memmove`` and alignment checks."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
+
+
+def checksums(layout: Layout, stride: int, payload: memoryview) -> array[int]:
+    """One xxh3_64 per piece of ``payload``. Lets other threads run while it reads."""
+    digest = xxh3_64_intdigest
+    return array("Q", [digest(payload[p.offset : p.offset + p.length]) for p in layout.pieces(stride)])
+
+
+def copy_checked(target: memoryview, source: memoryview, layout: Layout, stride: int) -> array[int]:
+    """Copies a payload and takes the checksums of what was copied, in one pass over memory.
+
+    Copies in steps that stay in the core's cache, so that the checksum costs no second trip. Both buffers must be
+    writable (their addresses are needed). Returns one xxh3_64 per piece of ``target``.
+    """
+    sums = array("Q")
+    append, digest = sums.append, xxh3_64_intdigest
+    to, of = address_of(target), address_of(source)
+    for begin, end, pieces in _steps(layout, stride):
+        ctypes.memmove(to + begin, of + begin, end - begin)
+        for first, last in pieces:
+            append(digest(target[first:last]))
+    return sums
+
+
+@lru_cache(maxsize=256)
+def _steps(layout: Layout, stride: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
+    """Byte ranges of about ``STEP_BYTES`` that end with a piece, and the pieces in each."""
+    steps: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
+    begin, pieces = 0, [(p.offset, p.offset + p.length) for p in layout.pieces(stride)]
+    group: list[tuple[int, int]] = []
+    for piece in pieces:
+        group.append(piece)
+        if piece[1] - begin >= STEP_BYTES or piece is pieces[-1]:
+            steps.append((begin, piece[1], tuple(group)))
+            begin, group = piece[1], []
+    return tuple(steps)
+
+
+def bad_pieces(header: Header, payload: memoryview, first: int, last: int, base: int = 0) -> Iterator[tuple[int, int]]:
+    """(layer, piece number) of each piece in layers ``first`` to ``last - 1`` that is not what was written.
+
+    ``payload`` starts at payload offset ``base``.
+    """
+    assert header.checksums is not None
+    pieces = header.layout.pieces(header.stride)
+    digest, sums = xxh3_64_intdigest, header.checksums
+    start, stop = _piece_range(header.layout, first), _piece_range(header.layout, last)
+    for number in range(start, stop):
+        piece = pieces[number]
+        begin = piece.offset - base
+        if digest(payload[begin : begin + piece.length]) != sums[number]:
+            yield piece.layer, number
+
+
+@lru_cache(maxsize=65536)
+def _piece_starts(layers: tuple[LayerShape, ...], layer: int) -> int:
+    return sum(2 * shape.heads for shape in layers[:layer])
+
+
+def _piece_range(layout: Layout, layer: int) -> int:
+    first = layout.layers[0].heads
+    if all(shape.heads == first for shape in layout.layers[:layer]):
+        return 2 * first * layer
+    return _piece_starts(layout.layers, layer)
+
+
+def encode_header(header: Header) -> bytes:
+    """Bytes of the header, to be put at the start of the slot. ``checksums`` must be set.
+
+    Raises ``BadInput`` when owner, tenant or writer are too long for the header area.
+    """
+    assert header.checksums is not None
+    layout = header.layout
+    metadata: bytes = msgpack.packb(
+        {
+            "key": header.key,
+            "parent": header.parent,
+            "root": header.root,
+            "namespace": header.namespace,
+            "fingerprint": header.fingerprint,
+            "tenant": header.tenant,
+            "owner": header.owner,
+            "tokens": header.tokens,
+            "layout": _layout_fields(layout),
+            "stride": header.stride,
+            "sequence": header.sequence,
+            "created": float(header.created),
+            "expires": float(header.expires),
+            "form": header.form,
+            "base": header.base,
+            "writer": header.writer,
+            "seal": None,  # reserved: key id, nonce and tag of authenticated encryption
+        }
+    )
+    sums = header.checksums
+    body: bytes = metadata + _piece_table(layout, header.stride) + sums.tobytes()
+    sizes = layout.header_bytes, len(metadata), len(sums), layout.payload_bytes(header.stride)
+    zero = FIXED.pack(MAGIC, VERSION, 0, *sizes, bytes(16))
+    if len(zero) + len(body) > layout.header_bytes:
+        raise BadInput("owner, tenant and writer are too long together: keep each under 256 bytes")
+    fixed = FIXED.pack(MAGIC, VERSION, 0, *sizes, xxh3_128_digest(zero + body))
+    return fixed + body
+
+
+def decode_header(data: memoryview | bytes) -> Header:
+    """Header at the start of ``data`` (at least the header area). Raises ``Corrupt`` with what is wrong."""
+    view = memoryview(data)
+    total = header_length(view, len(view))
+    magic, version, flags, area, size, pieces, payload, digest = FIXED.unpack_from(view)
+    body = view[FIXED.size : total]
+    if xxh3_128_digest(FIXED.pack(magic, version, flags, area, size, pieces, payload, bytes(16)) + body) != digest:
+        raise Corrupt("header checksum differs")
+    try:
+        fields = msgpack.unpackb(body[:size])
+        header = _header(fields, array("Q", bytes(body[size + pieces * PIECE.size :])))
+    except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise Corrupt(f"header metadata cannot be read: {error}") from error
+    layout = header.layout
+    if (area, payload) != (layout.header_bytes, layout.payload_bytes(header.stride)):
+        raise Corrupt("header area or payload do not have the layout's size")
+    if pieces != sum(2 * shape.heads for shape in layout.layers):
+        raise Corrupt("number of pieces is not the layout's")
+    if bytes(body[size : size + pieces * PIECE.size]) != _piece_table(layout, header.stride):
+        raise Corrupt("piece table is not the canonical one of the layout")
+    return header
+
+
+def header_length(view: memoryview, limit: int) -> int:
+    """Bytes that the header at the start of ``view`` uses. Raises ``Corrupt`` when it is none, or beyond ``limit``."""
+    if len(view) < FIXED.size:
+        raise Corrupt("slot is shorter than a header")
+    magic, version, flags, area, size, pieces, _, _ = FIXED.unpack_from(view)
+    if magic != MAGIC or version != VERSION or flags:
+        raise Corrupt("no block header here that this version can read")
+    total = int(FIXED.size + size + pieces * (PIECE.size + 8))
+    if size > MAX_METADATA or total > min(limit, area):
+        raise Corrupt("header is longer than its area")
+    return total
+
+
+def _header(fields: dict[str, Any], sums: array[int]) -> Header:
+    """Checks types and ranges; fields that are not known here are passed over."""
+    if fields["seal"] is not None:
+        raise ValueError("it is encrypted")
+    layout = _layout_of(fields["layout"])
+    values = {name: fields[name] for name in _TYPES}
+    for name, kind in _TYPES.items():
+        if type(values[name]) is not kind:
+            raise ValueError(f"type of {name}")
+    count = len(values["tokens"]) // TOKEN_BYTES
+    if len(values["tokens"]) % TOKEN_BYTES or not 1 <= count <= values["stride"] <= layout.block_tokens:
+        raise ValueError("token count")
+    if any(len(values[name]) != KEY_BYTES for name in ("key", "parent", "namespace", "fingerprint")):
+        raise ValueError("length of a digest")
+    if not (0 <= values["sequence"] < MAX_NUMBER and 0 <= values["base"] < MAX_NUMBER and values["form"] in FORMS):
+        raise ValueError("a number or the form of keys")
+    return Header(**values, layout=layout, checksums=sums)
+
+
+def pack_layout(layout: Layout) -> bytes:
+    """A layout as bytes, the same for equal layouts."""
+    packed: bytes = msgpack.packb(_layout_fields(layout))
+    return packed
+
+
+def unpack_layout(data: bytes) -> Layout:
+    """The layout in ``data``. Raises ``Corrupt``."""
+    try:
+        return _layout_of(msgpack.unpackb(data))
+    except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise Corrupt(f"layout cannot be read: {error}") from error
+
+
+def _layout_fields(layout: Layout) -> list[object]:
+    runs = [[count, shape.heads, shape.key_dim, shape.value_dim] for count, shape in layout.runs]
+    return [runs, layout.dtype, layout.block_tokens, layout.alignment]
+
+
+def _layout_of(fields: Any) -> Layout:
+    runs, dtype, block_tokens, alignment = fields
+    if any(type(number) is not int for run in runs for number in (*run, block_tokens, alignment)):
+        raise ValueError("a number of the layout")
+    if any(run[0] < 1 for run in runs) or sum(run[0] for run in runs) > MAX_LAYERS:
+        raise ValueError("number of layers")
+    return _layout(tuple(map(tuple, runs)), dtype, block_tokens, alignment)
+
+
+@lru_cache(maxsize=256)
+def _layout(runs: tuple[tuple[int, int, int, int], ...], dtype: str, block_tokens: int, alignment: int) -> Layout:
+    layers = [LayerShape(*shape) for count, *shape in runs for _ in range(count)]
+    return Layout(tuple(layers), dtype, block_tokens, alignment)
+
+
+@lru_cache(maxsize=1024)
+def _piece_table(layout: Layout, stride: int) -> bytes:
+    return b"".join(
+        PIECE.pack(p.kind, CODEC_PLAIN, p.layer, p.head, 1, p.offset, p.length, p.length) for p in layout.pieces(stride)
+    )

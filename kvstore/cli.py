@@ -1,0 +1,164 @@
+"""The command line. Heavy things are imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvstore.errors import BadInput, KVStoreError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from kvstore.bench.replay import Replay
+
+app = typer.Typer(
+    name="kvstore",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="A hierarchical KV-cache store for LLM inference: host memory, disk, and the proof that nothing changed.",
+)
+
+REPLAY_HELP = """
+Replay a chat log through a real model, every turn once from nothing and once from the store.
+
+Prints one table: time to first token and per output token both ways, tokens reused by tier, and whether the outputs
+are equal. The format of LOG is recognised by its fields: ShareGPT, OpenAI `messages` (JSON or JSONL, also nested in
+trajectories), vLLM multi-turn chats, MT-Bench questions, lists of token ids, traces of hash ids.
+
+Nothing is downloaded and nothing is written unless you say so:
+
+* `kvstore replay chats.json` keeps everything in memory;
+
+* `kvstore replay chats.json --dir cache --report out.html` adds a disk tier in `cache/`, and a page of plots;
+
+* `kvstore replay chats.json --host 16MiB --dir cache` makes memory scarce, so that the disk has to serve;
+
+* `kvstore replay chats.json --model ./my-model` takes your own model and its chat template, in float32.
+"""
+
+VERIFY_HELP = """
+Read every block of a cache directory, check it against its checksums, and print what is wrong.
+
+Exit code 0: every block is what was written. 1: something is wrong; each problem has a line. 2: DIR cannot be verified,
+because it is no cache or because a running process holds it.
+"""
+
+
+@app.callback()
+def _kvstore() -> None:
+    """Keeps `kvstore replay` a sub-command, however many there are."""
+
+
+@app.command(help=REPLAY_HELP)
+def replay(
+    log: Annotated[Path, typer.Argument(help="A chat log or a trace.", show_default=False)],
+    model: Annotated[str, typer.Option(help="tiny (bytes), tiny-words, a folder, or a model id.")] = "tiny",
+    conversations: Annotated[int, typer.Option(min=0, help="Only the first N conversations; 0 is all.")] = 0,
+    host: Annotated[str, typer.Option(help="Size of the host tier.")] = "1GiB",
+    disk: Annotated[str, typer.Option(help="Size of the disk tier, which needs --dir.")] = "8GiB",
+    dir: Annotated[Path | None, typer.Option(help="Where the disk tier lives; without it there is none.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model says in each turn.")] = 8,
+    interleave: Annotated[bool, typer.Option(help="In rounds over all conversations, one turn of each.")] = False,
+    block_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one hash id of a trace stands for.")] = 512,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write all measurements here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
+) -> None:
+    for target in (json_out, report):
+        if target is not None and not target.absolute().parent.is_dir():
+            raise BadInput(f"cannot write {target}: the folder {target.parent} is not there; make it first")
+    with _extras("transformers,bench"):
+        from kvstore.adapters.transformers import Reuse
+        from kvstore.bench import logs, models, summary
+        from kvstore.bench import report as pages
+        from kvstore.bench.replay import Replay, check
+    import kvstore
+
+    chosen = logs.read(log, block_tokens)[: conversations or None]
+    subject = models.load(model)
+    check(chosen, subject.encoder)
+    settings = {
+        "host": host,
+        "disk": disk if dir else "none",
+        "interleave": interleave,
+        "tokens": tokens,
+    }
+    with kvstore.open(dir, host=host, disk=disk) as store:
+        run = Replay(subject, store, Reuse(subject.model, store), tokens, interleave)
+        _watch(run, chosen)
+        store.flush()
+        result = summary.summarize(run, log.name, settings)
+    Console().print(pages.table(result))
+    if json_out:
+        json_out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if report:
+        report.write_text(pages.html(result, run.rows), "utf-8")
+        Console().print(f"report: {report}")
+
+
+def _watch(run: Replay, conversations: list[Any]) -> None:
+    """Runs the replay behind a progress bar on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TextColumn("turns · {task.fields[share]}"))
+    bar: Progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    prompt = cached = 0
+    with bar:
+        task = bar.add_task("", total=sum(len(one.turns) for one in conversations), share="")
+        for row in run.run(conversations):
+            prompt, cached = prompt + row.prompt_tokens, cached + row.cached_tokens
+            bar.update(task, advance=1, share=f"{100 * cached / prompt:.0f}% of tokens reused")
+
+
+@app.command(help=VERIFY_HELP)
+def verify(
+    dir: Annotated[Path, typer.Argument(metavar="DIR", help="A cache directory.", show_default=False)],
+) -> None:
+    import kvstore
+
+    if not (dir / "CACHEDIR.TAG").is_file():
+        raise BadInput(f"{dir} is not a cache directory of kvstore; give the folder that --dir or kvstore.open() named")
+    with kvstore.open(dir, host="64MiB", disk=_room_for(dir)) as store:
+        problems = store.verify()
+        blocks = store.stats()["tiers"]["disk"]["blocks"]
+    for problem in problems:
+        print(problem)
+    print(
+        f"{blocks} blocks read, {len(problems)} with problems" if problems else f"{blocks} blocks read, all as written"
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+def _room_for(dir: Path) -> int:
+    """A budget at least as large as what is there: looking must not make anything smaller."""
+    return max(1 << 30, 2 * sum(path.stat().st_size for path in dir.rglob("*") if path.is_file()))
+
+
+@contextmanager
+def _extras(names: str) -> Iterator[None]:
+    """Names the extras to install where a library is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "kvstore":
+            raise
+        raise BadInput(f"this needs {error.name}; install it with: pip install 'kvstore-llm[{names}]'") from error
+
+
+def main() -> None:
+    """The script `kvstore`. What the caller can mend is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except KVStoreError as error:
+        print(f"kvstore: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,113 @@
+"""The composition root: turns what a user says into a store. Only this module names concrete tiers and policies."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kvstore.errors import BadInput, StoreBusy
+from kvstore.policies.lru import LRU
+from kvstore.store import Store
+from kvstore.tiers.host import HostTier
+
+if TYPE_CHECKING:
+    from kvstore.files import Files
+
+MIN_HOST = 1 << 20
+MIN_DISK = 4 << 20
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A store that this process has open on a directory, and how many times."""
+
+    store: Store
+    users: int
+
+
+_open: dict[Path, _Shared] = {}  # guarded by _lock
+_lock = threading.Lock()
+
+
+def size_bytes(size: str | int, name: str = "size") -> int:
+    """Bytes of a size such as ``"8GiB"``, ``"500 MB"`` or a plain int. Raises ``BadInput``."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        value = size
+    else:
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+        if match is None or match[2].lower() not in _UNITS:
+            raise BadInput(f'{name}={size!r} is not a size; write it as "8GiB", "500MB" or a number of bytes')
+        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    if value <= 0:
+        raise BadInput(f"{name}={size!r} must be more than nothing")
+    return value
+
+
+def open(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    host: str | int = "1GiB",
+    disk: str | int = "8GiB",
+    on_busy: Literal["error", "memory"] = "error",
+    files: Files | None = None,
+) -> Store:
+    """Opens a store. Without ``path`` it lives in memory only, and nothing is ever written anywhere.
+
+    ``host`` and ``disk`` are byte budgets (``"8GiB"`` or an int) that are never exceeded. A directory that this process
+    has open already is shared (its budgets stand); one that another process holds raises ``StoreBusy``, or, with
+    ``on_busy="memory"``, gives a store in memory. ``files`` is the door to the operating system (tests inject faults).
+
+    Raises ``BadInput`` for sizes that make no sense and for a directory that is not a cache.
+    """
+    host_bytes = size_bytes(host, "host")
+    disk_bytes = size_bytes(disk, "disk")
+    if host_bytes < MIN_HOST:
+        raise BadInput(f"host={host!r} is too small to hold a block; give at least 1MiB")
+    if disk_bytes < MIN_DISK:
+        raise BadInput(f"disk={disk!r} is too small for an index and a block; give at least 4MiB")
+    if on_busy not in ("error", "memory"):
+        raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error" or "memory"')
+    if path is None:
+        return Store(HostTier(host_bytes), None, LRU(), LRU())
+    place = Path(path).expanduser().resolve()
+    with _lock:
+        shared = _open.get(place)
+        if shared is not None and shared.store.usable:
+            shared.users += 1
+            return shared.store
+        try:
+            store = _open_directory(place, host_bytes, disk_bytes, files)
+        except StoreBusy:
+            if on_busy == "error":
+                raise
+            return Store(HostTier(host_bytes), None, LRU(), LRU())
+        _open[place] = _Shared(store, 1)
+        return store
+
+
+def _open_directory(place: Path, host: int, disk: int, files: Files | None) -> Store:
+    # Imported here, so that a store in memory needs no LMDB.
+    from kvstore.files import OsFiles
+    from kvstore.tiers.disk import DiskTier
+
+    memory = HostTier(host)
+    tier = DiskTier(files or OsFiles(), place, disk)
+    return Store(memory, tier, LRU(), LRU(), on_close=lambda: _let_go(place))
+
+
+def _let_go(place: Path) -> bool:
+    """One user of a shared store closes it; True for the last."""
+    with _lock:
+        shared = _open[place]
+        shared.users -= 1
+        if shared.users:
+            return False
+        del _open[place]
+        return True

@@ -1,0 +1,262 @@
+"""Which blocks are known, how they hang together, and the longest stored prefix of a prompt, to the token.
+
+A block is a small int, its *number*; what is known of it lies in columns, so that a million blocks cost neither a
+million Python objects nor the collector's time. The store's lock guards every call.
+
+Invariants:
+* a number is *present* while some tier holds its bytes; an absent number stays only as long as it has children or
+  leases, so that the children are reachable again when it is saved anew;
+* families hold present numbers only;
+* token bytes are in memory for blocks that the host tier holds, and fetched from the disk tier's index for others.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstore.families import NONE, Families
+from kvstore.keys import TOKEN_BYTES, Namespace, block_key, common_tokens
+from kvstore.layout import Layout
+from kvstore.tiers.base import Entry
+
+
+class Found(NamedTuple):
+    """Result of a look-up: whole blocks, then the block that matches in part (its number or NONE, and how far)."""
+
+    blocks: list[int]
+    partial: int
+    partial_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What many blocks share. Interned, so that a block holds a small int for it."""
+
+    namespace: bytes
+    fingerprint: bytes  # empty for blocks that were found on disk
+    tenant: str
+    owner: str
+    layout: Layout
+    writer: str
+
+
+class Index:
+    """Columns of blocks, the map from keys to numbers, and the families of children."""
+
+    def __init__(self, fetch_tokens: Callable[[int], bytes | None]) -> None:
+        """``fetch_tokens(sequence)`` reads token bytes that are not in memory; None when they are gone."""
+        self._fetch = fetch_tokens
+        self.number: dict[bytes, int] = {}
+        # Columns by number. A key of b"" marks a number that is not in use.
+        self.key: list[bytes] = []
+        self.parent = array("q")
+        self.kind = array("L")
+        self.count = array("L")  # tokens
+        self.sequence = array("Q")
+        self.created = array("d")
+        self.expires = array("d")  # Unix seconds, 0: never
+        self.disk = array("q")  # address or NONE
+        self.stride = array("L")  # of the disk copy
+        self._degree = array("L")  # all children, absent ones too
+        # Few numbers have an entry in these.
+        self.tokens: dict[int, bytes] = {}
+        self.leases: dict[int, int] = {}
+        self.families = Families(self.tokens_of)
+        self.kinds: list[Kind] = []
+        self._kind_ids: dict[Kind, int] = {}
+        self._roots: dict[bytes, int] = {}
+        self._root_keys: list[bytes] = []
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    # -- interning ---------------------------------------------------------------------------------------------
+
+    def intern(self, kind: Kind) -> int:
+        """Small int for ``kind``."""
+        found = self._kind_ids.get(kind)
+        if found is None:
+            found = self._kind_ids[kind] = len(self.kinds)
+            self.kinds.append(kind)
+        return found
+
+    def kind_of(self, number: int) -> Kind:
+        """What ``number`` shares with others."""
+        return self.kinds[self.kind[number]]
+
+    def root(self, root_key: bytes) -> int:
+        """Pseudo number of a root, the parent of first blocks. Below NONE."""
+        found = self._roots.get(root_key)
+        if found is None:
+            found = self._roots[root_key] = NONE - 1 - len(self._roots)
+            self._root_keys.append(root_key)
+        return found
+
+    def root_key(self, root: int) -> bytes:
+        """Key of the root with this pseudo number."""
+        return self._root_keys[NONE - 1 - root]
+
+    # -- look-up -----------------------------------------------------------------------------------------------
+
+    def find(self, namespace: Namespace, layout: Layout, tokens: bytes, limit: int, now: float) -> Found:
+        """The longest stored prefix of ``tokens``, at most ``limit`` tokens, that is present and not expired."""
+        size = layout.block_tokens * TOKEN_BYTES
+        key, parent, position = namespace.root, self._roots.get(namespace.root, NONE), 0
+        blocks: list[int] = []
+        if parent == NONE:
+            return Found(blocks, NONE, 0, 0)
+        number, known = self.number, self.tokens
+        while position + size <= limit * TOKEN_BYTES:
+            piece = tokens[position : position + size]
+            key = block_key(namespace, key, piece)
+            found = number.get(key, NONE)
+            if found == NONE or not self._serves(found, now):
+                break
+            if known.get(found, piece) != piece:  # cannot be, unless the hash is broken: a miss, never wrong bytes
+                break
+            blocks.append(found)
+            parent = found
+            position += size
+        done = position // TOKEN_BYTES
+        partial, common = self.best_child(parent, tokens[position : position + size], now)
+        used = min(common, limit - done)
+        if used <= 0:
+            return Found(blocks, NONE, 0, done)
+        return Found(blocks, partial, used, done + used)
+
+    def _serves(self, number: int, now: float) -> bool:
+        if self.expires[number] and self.expires[number] <= now:
+            return False
+        return self.disk[number] != NONE or number in self.tokens
+
+    def best_child(self, parent: int, tokens: bytes, now: float) -> tuple[int, int]:
+        """The child that shares most leading tokens with ``tokens``, and how many; NONE and 0 when none does."""
+        best, most = NONE, 0
+        if tokens:
+            for child in self.families.neighbours(parent, tokens):
+                common = common_tokens(self.tokens_of(child), tokens)
+                if common > most and self._serves(child, now):
+                    best, most = child, common
+        return best, most
+
+    def tokens_of(self, number: int) -> bytes:
+        """Token bytes of a block; empty when nobody has them any more."""
+        tokens = self.tokens.get(number)
+        if tokens is None:
+            tokens = self._fetch(self.sequence[number]) or b""
+        return tokens
+
+    def present(self, number: int) -> bool:
+        """Whether some tier holds the block's bytes."""
+        return self.disk[number] != NONE or number in self.tokens
+
+    def idle(self, number: int) -> bool:
+        """Whether nothing needs the number: no bytes, no children, no leases."""
+        return not (self.present(number) or self._degree[number] or number in self.leases)
+
+    def chain(self, number: int) -> list[int]:
+        """The block and its ancestors, root first."""
+        chain = [number]
+        while (number := self.parent[number]) >= 0:
+            chain.append(number)
+        chain.reverse()
+        return chain
+
+    def numbers(self) -> Iterator[int]:
+        """All numbers in use, a snapshot."""
+        return iter(list(self.number.values()))
+
+    # -- change ------------------------------------------------------------------------------------------------
+
+    def insert(
+        self, key: bytes, parent: int, kind: int, tokens: int, sequence: int, created: float, expires: float
+    ) -> int:
+        """Number for a new block that hangs on ``parent`` (a number or a root). Absent until it is linked."""
+        if not self._free:
+            self._free.append(len(self.key))
+            self.key.append(b"")
+            for column in (self.parent, self.kind, self.count, self.sequence, self.created, self.expires):
+                column.append(0)
+            self.disk.append(NONE)
+            self.stride.append(0)
+            self._degree.append(0)
+        number = self._free.pop()
+        self.families.add_parent(number)
+        self.key[number] = key
+        self.parent[number], self.kind[number], self.count[number] = parent, kind, tokens
+        self.sequence[number], self.created[number], self.expires[number] = sequence, created, expires
+        self.disk[number], self._degree[number] = NONE, 0
+        self.number[key] = number
+        if parent >= 0:
+            self._degree[parent] += 1
+        return number
+
+    def link(self, number: int, tokens: bytes) -> None:
+        """The block is present: its parent's family shows it."""
+        self.families.link(self.parent[number], number, tokens)
+
+    def unlink(self, number: int) -> None:
+        """The block is absent from now on; called before its token bytes are let go."""
+        self.families.unlink(self.parent[number], number)
+
+    def sweep(self, number: int) -> None:
+        """Takes an idle number out of use, then its ancestors that were kept only for it."""
+        while number >= 0 and self.key[number] and self.idle(number):
+            parent = self.parent[number]
+            del self.number[self.key[number]]
+            self.families.drop_parent(number)
+            self.key[number] = b""
+            self._free.append(number)
+            if parent >= 0:
+                self._degree[parent] -= 1
+            number = parent
+
+    # -- restart -----------------------------------------------------------------------------------------------
+
+    def restore(self, entries: Iterable[Entry]) -> list[int]:
+        """Takes in the blocks found on disk, in order of sequence; the index must be empty.
+
+        Returns their numbers by last use, oldest first, children before parents among equals. A block whose parent is
+        missing is kept out: nothing could reach it.
+        """
+        assert not self.key
+        kinds: dict[tuple[bytes, str, str, int], int] = {}
+        number = self.number
+        rows: list[tuple[int, int, int, int, float, float, int, int, bytes, float]] = []
+        for e in entries:
+            parent = self.root(e.parent) if e.root else number.get(e.parent, NONE)
+            if parent == NONE or e.key in number:
+                continue
+            shared = (e.namespace, e.tenant, e.owner, id(e.layout))
+            kind = kinds.get(shared, NONE)
+            if kind == NONE:
+                kind = kinds[shared] = self.intern(Kind(e.namespace, b"", e.tenant, e.owner, e.layout, ""))
+            number[e.key] = len(rows)
+            rows.append((parent, kind, e.tokens, e.sequence, e.created, e.expires, e.address, e.stride, e.key, e.used))
+        if not rows:
+            return []
+        parents, kind_ids, counts, sequences, created, expires, addresses, strides, keys, used = zip(*rows, strict=True)
+        for integers, ints in (
+            (self.parent, parents),
+            (self.kind, kind_ids),
+            (self.count, counts),
+            (self.sequence, sequences),
+            (self.disk, addresses),
+            (self.stride, strides),
+        ):
+            integers.extend(ints)
+        self.created.extend(created)
+        self.expires.extend(expires)
+        self.key.extend(keys)
+        degree = [0] * len(keys)
+        for parent in parents:
+            if parent >= 0:
+                degree[parent] += 1
+        self._degree.extend(degree)
+        self.families.restore(list(parents))
+        return sorted(range(len(keys) - 1, -1, -1), key=used.__getitem__)

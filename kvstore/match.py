@@ -1,0 +1,50 @@
+"""What a match found: which leading tokens are cached and where, and why it ends where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.layout import Layout
+from kvstore.lease import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why a match ended where it ended. ``str`` gives the sentence."""
+
+    kind: str  # "complete", "parts", "empty", "fingerprint", "refused"
+    position: int  # the token where it ended
+    text: str
+    field: str | None = None  # component of the fingerprint that differs
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Match:
+    """Which leading tokens are cached, on which tier; holds a lease on their blocks.
+
+    ``blocks`` are (number, tokens used). ``miss`` says why it ends at ``tokens``.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: list[tuple[int, int]],
+        lease: Lease,
+        tokens: int,
+        tokens_by_tier: dict[str, int],
+        miss: Miss,
+        token_ids: bytes,
+    ) -> None:
+        self.layout = layout
+        self.blocks = blocks
+        self.lease = lease
+        self.tokens = tokens
+        self.tokens_by_tier = tokens_by_tier
+        self.miss = miss
+        self.token_ids = token_ids
+
+    def release(self) -> None:
+        """Ends the lease; also happens when the match is dropped."""
+        self.lease.release()

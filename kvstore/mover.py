@@ -1,0 +1,85 @@
+"""Bounded worker threads that move bytes: demand before prefetch before save, lower order first among equals."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from itertools import count
+
+log = logging.getLogger("kvstore")
+
+WORKERS = 4
+
+
+class Priority(IntEnum):
+    """What goes first."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    SAVE = 2
+
+
+class Mover:
+    """Runs jobs in worker threads, which start with the first job. ``submit`` may be called from any thread."""
+
+    def __init__(self, workers: int = WORKERS, on_error: Callable[[], None] = lambda: None) -> None:
+        """``on_error`` is called when a job raised, which is a bug: jobs handle what they expect."""
+        self._size = workers
+        self._on_error = on_error
+        self._ready = threading.Condition()  # guards all fields below
+        self._heap: list[tuple[int, tuple[int, ...], int, Callable[[], None]]] = []
+        self._tie = count()
+        self._threads: list[threading.Thread] = []
+        self._busy = 0
+        self._closed = False
+
+    def submit(self, priority: Priority, order: tuple[int, ...], job: Callable[[], None]) -> bool:
+        """Queues a job; False once the mover is closed."""
+        with self._ready:
+            if self._closed:
+                return False
+            heapq.heappush(self._heap, (priority, order, next(self._tie), job))
+            if len(self._threads) < self._size and self._busy + len(self._heap) > len(self._threads):
+                name = f"kvstore-mover-{len(self._threads)}"
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._ready.notify()
+            return True
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not started."""
+        with self._ready:
+            return len(self._heap)
+
+    def close(self) -> None:
+        """Drops the jobs that have not started, waits for those that have, joins the threads."""
+        with self._ready:
+            self._closed = True
+            self._heap.clear()
+            self._ready.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                while not self._heap and not self._closed:
+                    self._ready.wait()
+                if not self._heap:
+                    return
+                job = heapq.heappop(self._heap)[3]
+                self._busy += 1
+            try:
+                job()
+            except Exception:  # top loop: a worker outlives a broken job
+                log.exception("a mover job failed")
+                self._on_error()
+            finally:
+                del job  # a job may hold the last reference to a lease
+                with self._ready:
+                    self._busy -= 1

@@ -1,0 +1,309 @@
+"""Where the bytes of blocks are, and how room is made: host slots, disk slots, leases, eviction, deletion.
+
+``lock`` guards everything here, the index and both policies; it is held for microseconds, never across a copy or I/O.
+Comments below say "locked" where the caller must hold it.
+
+What keeps bytes in place: a block with a lease, a block that is being written or fetched (both hold a lease of their
+own), and drafts. Everything else may be evicted. Bytes that lose their place in the index while leased are *doomed*:
+invisible at once, given back when the last lease ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from kvstore.eviction import victims
+from kvstore.families import NONE
+from kvstore.index import Index
+from kvstore.layout import Layout
+from kvstore.metrics import Counters
+from kvstore.policy import EvictionPolicy
+from kvstore.tiers.base import Tier
+from kvstore.tiers.host import HostTier
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """A block's slot in the host tier. ``clean``: nothing is lost when it goes (on disk, or never to be)."""
+
+    address: int
+    layout: Layout
+    stride: int
+    payload: int  # bytes of its tokens without padding
+    clean: bool = False
+    checksums: array[int] | None = None  # of the payload as it lies in the slot, once somebody has taken them
+    failed: bool = False  # its disk write failed; counted once, never tried again
+
+
+@dataclass(slots=True)
+class Doomed:
+    """Bytes that only leases keep alive."""
+
+    resident: Resident | None
+    disk: int
+    sequence: int
+    erase: bool
+
+
+class Residency:
+    """Owner of all state that the lives of a load and of a save share."""
+
+    def __init__(
+        self,
+        host: HostTier,
+        disk: Tier | None,
+        host_policy: EvictionPolicy,
+        disk_policy: EvictionPolicy,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)  # a write or a fetch has settled
+        self.host, self.disk = host, disk
+        self.host_policy, self.disk_policy = host_policy, disk_policy
+        self.counters = Counters()
+        self.index = Index(disk.tokens if disk is not None else lambda _: None)
+        self.residents: dict[int, Resident] = {}
+        self.host_payload = 0
+        self.disk_payload = 0
+        self.wall = wall
+        self.sequences = count(1)
+        self.write_soon: Callable[[int], None] = lambda _: None  # set by the writer: a dirty block is to be written
+        self.erase_soon: Callable[[], None] = lambda: None  # set by the store: ``take_erasable`` has something
+        self._doomed: dict[int, list[Doomed]] = {}
+        self._to_erase: list[Doomed] = []
+        # Filled by finalizers, which may run anywhere and so take no lock; taken in by ``settle``.
+        self._ended_leases: deque[Sequence[int]] = deque()
+        self._abandoned_slots: deque[int] = deque()
+        self._expiring: list[tuple[float, int, int]] = []  # (when, number, sequence), a heap
+        self.drafts = 0
+
+    def expire_at(self, number: int, when: float) -> None:
+        """Notes that a block is to go at ``when`` (Unix seconds). Locked."""
+        heapq.heappush(self._expiring, (when, number, self.index.sequence[number]))
+
+    def _expire(self) -> None:
+        index, now = self.index, self.wall()
+        while self._expiring and self._expiring[0][0] <= now:
+            _, number, sequence = heapq.heappop(self._expiring)
+            if index.sequence[number] != sequence or not index.present(number):
+                continue
+            if index.expires[number] > now:  # it was saved again with more time
+                self.expire_at(number, index.expires[number])
+            elif index.expires[number]:
+                self.doom(number, erase=False)
+                self.counters.add("expired_blocks")
+
+    def abandon_disk(self, address: int, sequence: int) -> None:
+        """A written slot that is nobody's block after all: the block was forgotten meanwhile. Locked."""
+        self._give_back(Doomed(None, address, sequence, erase=True))
+
+    # -- leases ------------------------------------------------------------------------------------------------
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Takes one lease on each block. Locked."""
+        leases = self.index.leases
+        for number in numbers:
+            leases[number] = leases.get(number, 0) + 1
+
+    def lease_ended(self, numbers: Sequence[int]) -> None:
+        """Called by finalizers: no lock is taken."""
+        self._ended_leases.append(numbers)
+
+    def slot_abandoned(self, address: int) -> None:
+        """A draft was dropped; called by finalizers: no lock is taken."""
+        self._abandoned_slots.append(address)
+
+    def settle(self) -> None:
+        """Takes in what finalizers have handed over. Locked."""
+        while self._ended_leases:
+            self.unhold(self._ended_leases.popleft())
+        while self._abandoned_slots:
+            self.host.free(self._abandoned_slots.popleft())
+            self.drafts -= 1
+        self._expire()
+
+    def unhold(self, numbers: Iterable[int]) -> None:
+        """Ends one lease on each block. Locked."""
+        leases, index = self.index.leases, self.index
+        for number in numbers:
+            left = leases[number] - 1
+            assert left >= 0
+            if left:
+                leases[number] = left
+                continue
+            del leases[number]
+            for doomed in self._doomed.pop(number, ()):
+                self._give_back(doomed)
+            index.sweep(number)
+
+    def leased_bytes(self) -> int:
+        """Bytes of host slots that leases hold now. Locked."""
+        residents = self.residents
+        return sum(residents[n].layout.full_slot_bytes for n in self.index.leases if n in residents)
+
+    # -- presence ----------------------------------------------------------------------------------------------
+
+    def put_host(self, number: int, resident: Resident, tokens: bytes) -> None:
+        """A block's bytes are in a host slot from now on. Locked."""
+        index = self.index
+        if not index.present(number):
+            index.link(number, tokens)
+        index.tokens[number] = tokens
+        self.residents[number] = resident
+        self.host_payload += resident.payload
+        self.host_policy.insert(number, resident.payload)
+
+    def put_disk(self, number: int, address: int, stride: int) -> None:
+        """A block's bytes are on disk from now on. Locked."""
+        index = self.index
+        index.disk[number] = address
+        index.stride[number] = stride
+        payload = self.payload(number)
+        self.disk_payload += payload
+        self.disk_policy.insert(number, payload)
+        self.disk_policy.touch(index.chain(number))
+
+    def restore(self) -> None:
+        """Takes in what the disk tier holds (at open, before any other thread knows of this). Parents come first."""
+        disk, index = self.disk, self.index
+        assert disk is not None
+        for number in index.restore(disk.load()):
+            payload = self.payload(number)
+            self.disk_payload += payload
+            self.disk_policy.insert(number, payload)
+            if index.expires[number]:
+                self.expire_at(number, index.expires[number])
+        self.sequences = count(max(index.sequence, default=0) + 1)
+
+    def payload(self, number: int) -> int:
+        """Bytes of a block's tokens, without padding. Locked."""
+        return self.index.kind_of(number).layout.token_payload * self.index.count[number]
+
+    def drop_host(self, number: int) -> None:
+        """Evicts a block's host copy. Locked."""
+        resident = self._forget_host(number)
+        if resident is not None:
+            self.host.free(resident.address)
+        self.index.sweep(number)
+
+    def drop_disk(self, number: int) -> None:
+        """Evicts a block's disk copy. Locked."""
+        address = self._forget_disk(number)
+        if address != NONE and self.disk is not None:
+            self.disk.forget([self.index.sequence[number]])
+            self.disk.free(address)
+        self.index.sweep(number)
+
+    def doom(self, number: int, erase: bool) -> bool:
+        """Makes a block invisible now; its bytes go now, or with its last lease (then True). Locked."""
+        index = self.index
+        if not index.present(number):
+            return False
+        index.unlink(number)
+        disk = self._forget_disk(number, linked=False)
+        doomed = Doomed(self._forget_host(number, linked=False), disk, index.sequence[number], erase)
+        leased = number in index.leases
+        if leased:
+            self._doomed.setdefault(number, []).append(doomed)
+        else:
+            self._give_back(doomed)
+        self.index.sweep(number)
+        return leased
+
+    def keep_until_unleased(self, number: int, resident: Resident) -> None:
+        """A slot that is nobody's block, but may still be read under leases on ``number`` (at least one). Locked."""
+        assert number in self.index.leases
+        self._doomed.setdefault(number, []).append(Doomed(resident, NONE, 0, erase=False))
+
+    def take_erasable(self) -> list[Doomed]:
+        """Disk slots whose bytes are to be destroyed; the caller frees them afterwards. Locked."""
+        taken, self._to_erase = self._to_erase, []
+        return taken
+
+    def _give_back(self, doomed: Doomed) -> None:
+        if doomed.resident is not None:
+            if doomed.erase:
+                self.host.erase(doomed.resident.address)
+            self.host.free(doomed.resident.address)
+        if doomed.disk != NONE and self.disk is not None:
+            self.disk.forget([doomed.sequence])
+            if doomed.erase:
+                self._to_erase.append(doomed)
+                self.erase_soon()
+            else:
+                self.disk.free(doomed.disk)
+
+    def _forget_host(self, number: int, linked: bool = True) -> Resident | None:
+        resident = self.residents.pop(number, None)
+        if resident is None:
+            return None
+        self.host_policy.remove(number)
+        self.host_payload -= resident.payload
+        if linked and self.index.disk[number] == NONE:
+            self.index.unlink(number)
+        self.index.tokens.pop(number, None)
+        return resident
+
+    def _forget_disk(self, number: int, linked: bool = True) -> int:
+        index = self.index
+        address = index.disk[number]
+        if address == NONE:
+            return NONE
+        if linked and number not in index.tokens:
+            index.unlink(number)
+        index.disk[number] = NONE
+        self.disk_policy.remove(number)
+        self.disk_payload -= self.payload(number)
+        return address
+
+    # -- room --------------------------------------------------------------------------------------------------
+
+    def reserve_host(self, slot_bytes: int) -> int | None:
+        """A host slot, evicting what may go; None when leases and unwritten blocks hold the rest. Locked."""
+        address = self.host.reserve(slot_bytes)
+        groups = victims(slot_bytes, self.host, self.host_policy, self._host_address, self.residents)
+        while address is None and (group := next(groups, None)) is not None:
+            for number in group:
+                self.drop_host(number)
+            self.counters.add("host_evicted_blocks", len(group))
+            address = self.host.reserve(slot_bytes)
+        if address is None:
+            self.counters.add("host_full")
+        return address
+
+    def reserve_disk(self, slot_bytes: int) -> int | None:
+        """A disk slot, evicting what may go. Locked."""
+        if self.disk is None:
+            return None
+        address = self.disk.reserve(slot_bytes)
+        numbers = range(len(self.index.key))
+        groups = victims(slot_bytes, self.disk, self.disk_policy, self._disk_address, numbers)
+        while address is None and (group := next(groups, None)) is not None:
+            for number in group:
+                self.drop_disk(number)
+            self.counters.add("disk_evicted_blocks", len(group))
+            address = self.disk.reserve(slot_bytes)
+        if address is None:
+            self.counters.add("disk_full")
+        return address
+
+    def _host_address(self, number: int) -> int:
+        """Host slot of a block that may go from there, or NONE."""
+        resident = self.residents.get(number)
+        if resident is None or number in self.index.leases:
+            return NONE
+        if resident.clean or self.disk is None or resident.failed:
+            return resident.address
+        self.write_soon(number)  # goes to disk first, and may go from here after that
+        return NONE
+
+    def _disk_address(self, number: int) -> int:
+        """Disk slot of a block that may go from there, or NONE."""
+        return NONE if number in self.index.leases else self.index.disk[number]

@@ -1,0 +1,206 @@
+"""The life of a save: drafts become blocks that ``match`` sees at once; the writer takes them to disk later."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Mapping
+
+from kvstore.block import address_of, copy_checked
+from kvstore.errors import BadInput
+from kvstore.families import NONE
+from kvstore.index import Kind
+from kvstore.keys import TOKEN_BYTES, Namespace, block_key
+from kvstore.layout import Layout
+from kvstore.residency import Residency, Resident
+from kvstore.writer import Durable, Writer
+
+MAX_NAME = 255  # bytes of an owner, a tenant or a writer
+
+
+class Draft:
+    """A private host slot to write one block into. Belongs to one thread until it is given to ``save``.
+
+    Dropping it gives the slot back.
+    """
+
+    __slots__ = ("_abandoned", "_owned", "_pointer", "_view", "address", "checksums", "layout")
+
+    def __init__(self, residency: Residency, layout: Layout, address: int) -> None:
+        self.layout = layout
+        self.address = address
+        self.checksums: array[int] | None = None
+        self._view = residency.host.view(address)
+        self._pointer = residency.host.pointer(address) + layout.header_bytes
+        self._abandoned = residency.slot_abandoned
+        self._owned = True
+
+    def __del__(self) -> None:
+        self.discard()
+
+    def layer(self, layer: int) -> tuple[memoryview, memoryview]:
+        """Writable keys and values of a layer, each ``[head][block_tokens][dim]``."""
+        layout = self.layout
+        start = layout.header_bytes + layout.layer_offsets(layout.block_tokens)[layer]
+        middle = start + layout.key_bytes(layer, layout.block_tokens)
+        end = middle + layout.value_bytes(layer, layout.block_tokens)
+        return self._view[start:middle], self._view[middle:end]
+
+    @property
+    def payload(self) -> memoryview:
+        """Writable payload of the whole block."""
+        header = self.layout.header_bytes
+        return self._view[header : header + self.layout.payload_bytes(self.layout.block_tokens)]
+
+    def fill(self, payload: memoryview, check: bool = False) -> None:
+        """Copies a whole block's payload in. With ``check`` its checksums are taken in the same pass over memory.
+
+        ``payload`` must be a writable buffer (its address is needed) of the layout's payload size.
+        """
+        size = self.layout.payload_bytes(self.layout.block_tokens)
+        if len(payload) != size:
+            raise BadInput(f"a block of this layout has {size} bytes of payload, not {len(payload)}")
+        if check:
+            self.checksums = copy_checked(self.payload, payload, self.layout, self.layout.block_tokens)
+        else:
+            ctypes.memmove(self._pointer, address_of(payload), size)
+
+    def discard(self) -> None:
+        """Gives the slot back; again is no error."""
+        if self._owned:
+            self._owned = False
+            self._abandoned(self.address)
+
+    def take(self) -> int:
+        """The slot's address, which the caller owns from now on."""
+        self._owned = False
+        return self.address
+
+
+class Saved:
+    """A save under way. ``tokens`` are visible to ``match`` already; ``new_tokens`` of them came from this save."""
+
+    def __init__(self, writer: Writer, chain: list[tuple[int, int]], new: list[int], tokens: int, new_tokens: int):
+        self._writer = writer
+        self._chain = chain  # (number, sequence)
+        self._new = new
+        self.tokens = tokens
+        self.new_tokens = new_tokens
+
+    def wait(self, timeout: float | None = None) -> Durable:
+        """Writes what is still only in memory, waits for it, and tells what is durable. Without a disk: nothing is."""
+        return self._writer.wait(self._chain, set(self._new), timeout)
+
+
+class Saver:
+    """Publishes drafts. One per store."""
+
+    def __init__(self, residency: Residency, writer: Writer) -> None:
+        self._residency = residency
+        self._writer = writer
+
+    def save(
+        self,
+        namespace: Namespace,
+        layout: Layout,
+        tokens: bytes,
+        drafts: Mapping[int, Draft],
+        owner: str,
+        ttl: float | None,
+        writer: str,
+    ) -> Saved:
+        """Publishes the blocks of a chain; takes over all ``drafts``. See ``Store.save``."""
+        if max(map(len, (owner.encode(), namespace.tenant.encode(), writer.encode()))) > MAX_NAME:
+            raise BadInput(f"owner, tenant and writer may take {MAX_NAME} bytes each; use a shorter name or a digest")
+        keys, pieces = _keys(namespace, layout, tokens)
+        residency = self._residency
+        now = residency.wall()
+        expires = now + ttl if ttl is not None else 0.0
+        chain: list[int] = []
+        new: list[int] = []
+        visible = fresh = 0
+        with residency.lock:
+            residency.settle()
+            index = residency.index
+            kind = index.intern(
+                Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
+            )
+            parent = index.root(namespace.root)
+            for i, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
+                number = index.number.get(key, NONE)
+                if number != NONE and index.present(number):
+                    if index.expires[number] and (not expires or expires > index.expires[number]):
+                        index.expires[number] = expires
+                elif self._covered(parent, piece, layout):
+                    visible += len(piece) // TOKEN_BYTES
+                    break
+                else:
+                    draft = drafts.get(i)
+                    if draft is None:
+                        break
+                    number = self._publish(number, key, parent, kind, piece, draft, now, expires)
+                    new.append(number)
+                    fresh += len(piece) // TOKEN_BYTES
+                visible += len(piece) // TOKEN_BYTES
+                chain.append(number)
+                parent = number
+            residency.host_policy.touch(chain)
+            residency.disk_policy.touch(chain)
+            sequences = [(number, index.sequence[number]) for number in chain]
+            if residency.disk is not None:
+                for number in new:
+                    if index.count[number] == layout.block_tokens:
+                        self._writer.enqueue(number)
+        for draft in drafts.values():
+            draft.discard()
+        residency.counters.add("saved_tokens", fresh)
+        return Saved(self._writer, sequences, new, visible, fresh)
+
+    def _covered(self, parent: int, piece: bytes, layout: Layout) -> bool:
+        """Whether a stored sibling starts with all tokens of this partial block. Locked."""
+        if len(piece) == layout.block_tokens * TOKEN_BYTES:
+            return False
+        index = self._residency.index
+        child, common = index.best_child(parent, piece, self._residency.wall())
+        return child != NONE and common * TOKEN_BYTES == len(piece)
+
+    def _publish(
+        self, number: int, key: bytes, parent: int, kind: int, piece: bytes, draft: Draft, now: float, expires: float
+    ) -> int:
+        """Makes a draft a block that ``match`` sees. Locked."""
+        residency, index = self._residency, self._residency.index
+        count = len(piece) // TOKEN_BYTES
+        sequence = next(residency.sequences)
+        if number == NONE:
+            number = index.insert(key, parent, kind, count, sequence, now, expires)
+        else:  # absent, kept for its children
+            index.kind[number], index.sequence[number] = kind, sequence
+            index.created[number], index.expires[number] = now, expires
+        layout = draft.layout
+        whole = draft.checksums if count == layout.block_tokens else None
+        payload = layout.token_payload * count
+        resident = Resident(draft.take(), layout, layout.block_tokens, payload, checksums=whole)
+        residency.drafts -= 1
+        residency.put_host(number, resident, piece)
+        if expires:
+            residency.expire_at(number, expires)
+        if index.families.size(parent) == 1:
+            return number
+        family = index.families.children(parent)
+        at = index.families.position(family, number)
+        while at > 0 and piece.startswith(index.tokens_of(family[at - 1])):
+            residency.doom(family[at - 1], erase=False)  # a proper prefix: this block serves all that it served
+            residency.counters.add("superseded_blocks")
+            at -= 1
+        return number
+
+
+def _keys(namespace: Namespace, layout: Layout, tokens: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Keys and token bytes of a chain's blocks."""
+    size = layout.block_tokens * TOKEN_BYTES
+    pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    keys, parent = [], namespace.root
+    for piece in pieces:
+        parent = block_key(namespace, parent, piece)
+        keys.append(parent)
+    return keys, pieces

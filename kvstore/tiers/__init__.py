@@ -1,0 +1,1 @@
+"""Where blocks are kept: host memory and disk, behind one small port."""

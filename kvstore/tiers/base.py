@@ -1,0 +1,115 @@
+"""The port of a tier that keeps sealed blocks beyond the host's memory (disk now, others later).
+
+A tier moves whole slots and byte ranges of slots between its medium and buffers that the caller owns. It knows
+addresses, not chains: what a block is for stands in its header and in the index. Where a method says so it is called
+under the store's lock and does no I/O worth waiting for; all others may be called from any thread without that lock.
+A method that fails raises ``TierError`` and leaves nothing visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kvstore.block import Header
+from kvstore.layout import Layout
+
+
+class Entry(NamedTuple):
+    """A block that the tier holds, as its index knows it. ``used`` is the last use that was written down.
+
+    ``root``: its parent is no block but a chain's root key. ``form`` is the header's form of keys.
+    """
+
+    sequence: int
+    address: int
+    key: bytes
+    parent: bytes
+    namespace: bytes
+    tenant: str
+    owner: str
+    layout: Layout
+    tokens: int
+    stride: int
+    created: float
+    expires: float
+    used: float
+    root: bool
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What ``verify`` found wrong, in a sentence without token ids or text."""
+
+    address: int
+    key: str  # hex, empty when the header cannot be read
+    what: str
+
+
+class Tier(Protocol):
+    """Can it hold, put, get a byte range, drop, what it uses. Blocks are named by their header's ``sequence``."""
+
+    @property
+    def capacity(self) -> int:
+        """Byte budget; what the tier uses never exceeds it, index included."""
+
+    @property
+    def used(self) -> int:
+        """Bytes that the tier takes on its medium now, index included."""
+
+    def reserve(self, slot_bytes: int) -> int | None:
+        """Address of a free slot of the class ``slot_bytes``, now the caller's; None when there is no room.
+
+        Under the store's lock. Never evicts: the caller picks victims, frees them, asks again.
+        """
+
+    def same_class(self, address: int, slot_bytes: int) -> bool:
+        """Whether freeing the slot at ``address`` makes room for ``slot_bytes`` at once. Under the store's lock."""
+
+    def neighbours(self, address: int) -> Sequence[int]:
+        """Addresses in use that must all be freed before the space around ``address`` can serve another class.
+
+        Under the store's lock.
+        """
+
+    def free(self, address: int) -> None:
+        """Gives a slot back; its bytes may stay until they are overwritten. Under the store's lock."""
+
+    def write(self, address: int, slot: memoryview) -> None:
+        """Writes a slot (header area and payload; length a multiple of 4096, memory aligned so). Not yet durable."""
+
+    def commit(self, written: Sequence[tuple[int, Header]]) -> None:
+        """Makes written slots (address, header) durable, then indexes them durably, in this order."""
+
+    def read(self, address: int, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from byte ``offset`` of the slot (multiples of 4096). A short read is a ``TierError``."""
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        """Takes blocks out of the index, at the latest with the next commit (slots are freed apart)."""
+
+    def erase(self, addresses: Sequence[int]) -> None:
+        """Destroys the bytes of slots that the caller still owns, of all free slots, and every trace of forgotten
+        blocks in the index. Durable when it returns; the caller frees the slots afterwards."""
+
+    def load(self) -> Iterator[Entry]:
+        """The blocks that the index knows, in order of sequence (parents before children). Called once, at open."""
+
+    def tokens(self, sequence: int) -> bytes | None:
+        """Token bytes of an indexed block, from the index, without reading its slot. Microseconds."""
+
+    def touch(self, sequences: Iterable[int], now: float) -> None:
+        """Notes that blocks were used; written down with one of the next commits, at the latest at close."""
+
+    def remember(self, name: str, value: str) -> None:
+        """Keeps a small string beside the blocks."""
+
+    def recall(self, name: str) -> str | None:
+        """The string kept under ``name``."""
+
+    def verify(self) -> Iterator[Problem]:
+        """Reads every indexed block and checks it; yields what is wrong."""
+
+    def close(self) -> None:
+        """Makes the index durable and lets go of everything."""

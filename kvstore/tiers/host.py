@@ -1,0 +1,163 @@
+"""The host tier: slots in anonymous memory, by size class, touched a little ahead of use.
+
+First touch of a fresh page costs ten times what writing to a recycled one costs, so a thread keeps some touched slots
+of each class in reserve, and slots are recycled before new memory is taken. Staging buffers, blocks that wait for the
+disk and blocks that were read from it all live here: one account for all memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvstore.block import address_of
+from kvstore.errors import BadInput
+from kvstore.layout import Layout
+from kvstore.tiers.slab import SLOT_BITS, Extent, Slab
+
+MIN_EXTENT = 1 << 20
+MAX_EXTENT = 256 << 20
+LOOK_AHEAD = 4  # a class grows early when fewer than a LOOK_AHEAD-th of an extent's slots are free
+_MADV_POPULATE_WRITE = 23
+_memset = ctypes.memset
+# Through ctypes, because mmap.madvise keeps the interpreter's lock while the kernel works.
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def memory_limit() -> int:
+    """Bytes that this process may use: the cgroup's limit or the machine's memory, whichever is smaller."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limit = min(limit, int(text))
+    return limit
+
+
+class HostTier:
+    """Slots in memory. ``reserve`` and ``free`` are called under the store's lock; views may be used without it."""
+
+    def __init__(self, capacity: int) -> None:
+        """Raises ``BadInput`` when ``capacity`` bytes cannot be had on this machine."""
+        limit = memory_limit()
+        if capacity > limit:
+            raise BadInput(
+                f"host={capacity} bytes is more than the {limit} bytes of memory here; choose a smaller size"
+            )
+        self.capacity = capacity
+        extent = min(max(capacity // 16, MIN_EXTENT), MAX_EXTENT)
+        self._memory: dict[int, tuple[mmap.mmap, memoryview, int]] = {}  # extent -> mapping, its bytes, base address
+        self._slab = Slab(capacity, extent, self._grow, self._shrink)
+        self._toucher: threading.Thread | None = None
+        self._wake = threading.Condition()  # guards the two fields below
+        self._untouched: list[Extent] = []
+        self._closed = False
+
+    @property
+    def used(self) -> int:
+        """Bytes of all extents."""
+        return self._slab.used
+
+    def reserve(self, slot_bytes: int) -> int | None:
+        """Address of a free slot of this class, or None when there is no room. Never evicts."""
+        address = self._slab.allocate(slot_bytes)
+        if address is not None:
+            extent = self._slab.extents[address >> SLOT_BITS]
+            low = len(extent.free) * LOOK_AHEAD < extent.slots and self._slab.room >= slot_bytes
+            if low and self._slab.free_slots(slot_bytes) * LOOK_AHEAD < extent.slots:
+                self._slab.extend(slot_bytes)
+        return address
+
+    def free(self, address: int) -> None:
+        """Gives a slot back."""
+        self._slab.free(address)
+
+    def same_class(self, address: int, slot_bytes: int) -> bool:
+        """Whether freeing ``address`` makes room for a slot of class ``slot_bytes``."""
+        return self._slab.slot_bytes(address) == slot_bytes
+
+    def neighbours(self, address: int) -> Sequence[int]:
+        """Used slots in the same extent."""
+        return self._slab.neighbours(address)
+
+    def view(self, address: int) -> memoryview:
+        """The slot's bytes; aligned to pages when the class is a multiple of them."""
+        _, data, _ = self._memory[address >> SLOT_BITS]
+        offset = self._slab.offset(address)
+        return data[offset : offset + self._slab.slot_bytes(address)]
+
+    def pointer(self, address: int) -> int:
+        """Memory address of the slot's first byte."""
+        return self._memory[address >> SLOT_BITS][2] + self._slab.offset(address)
+
+    def erase(self, address: int) -> None:
+        """Overwrites a slot with zeros."""
+        _memset(self.pointer(address), 0, self._slab.slot_bytes(address))
+
+    def prepare(self, layout: Layout) -> None:
+        """Starts touching memory for blocks of ``layout`` ahead of their use. Under the store's lock."""
+        if not self._slab.free_slots(layout.full_slot_bytes):
+            self._slab.extend(layout.full_slot_bytes)
+
+    def close(self) -> None:
+        """Stops the thread and lets go of the memory; views that are still held keep theirs alive."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._toucher is not None:
+            self._toucher.join()
+        self._memory.clear()
+
+    def _grow(self, extent: Extent) -> bool:
+        try:
+            mapping = mmap.mmap(-1, extent.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError):
+            return False
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages: the memory works all the same
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._memory[extent.number] = (mapping, memoryview(mapping), address_of(mapping))
+        with self._wake:
+            self._untouched.append(extent)
+            if self._toucher is None:
+                self._toucher = threading.Thread(target=self._touch, name="kvstore-toucher", daemon=True)
+                self._toucher.start()
+            self._wake.notify()
+        return True
+
+    def _shrink(self, extent: Extent) -> None:
+        self._memory.pop(extent.number, None)
+        with self._wake:
+            if extent in self._untouched:
+                self._untouched.remove(extent)
+
+    def _touch(self) -> None:
+        """Has the kernel map the pages of new extents. No byte changes, so slots may be in use meanwhile."""
+        while True:
+            with self._wake:
+                while not self._untouched and not self._closed:
+                    self._wake.wait()
+                if self._closed:
+                    return
+                extent = self._untouched.pop(0)
+                entry = self._memory.get(extent.number)
+            if entry is not None:
+                self._populate(entry[2], len(entry[1]))
+
+    def _populate(self, base: int, size: int) -> None:
+        step = 8 << 20
+        for start in range(0, size, step):
+            with self._wake:
+                if self._closed:
+                    return
+            if _madvise(base + start, min(step, size - start), _MADV_POPULATE_WRITE):
+                return  # a kernel without it (before 5.14): pages are mapped by their first use

@@ -1,0 +1,158 @@
+"""Slots of equal size in extents, under a byte budget: the allocator of the host tier and of the disk tier.
+
+An extent is a run of slots of one size class. It is grown when a class needs room and the budget has some, and given
+back whole when all its slots are free and another class needs the room. An address is extent number and slot number in
+one int. Pure bookkeeping: growing and giving back is done by two callbacks. The owner's lock guards every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+SLOT_BITS = 24
+SLOT_MASK = (1 << SLOT_BITS) - 1
+
+
+@dataclass(slots=True)
+class Extent:
+    """One run of ``slots`` slots of ``slot_bytes``; ``free`` are unused slot numbers, lowest last."""
+
+    number: int
+    slot_bytes: int
+    slots: int
+    free: list[int] = field(default_factory=list)
+    live: set[int] = field(default_factory=set)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.slot_bytes * self.slots
+
+
+class Slab:
+    """Allocates slots; ``grow(extent)`` makes the room (False: it cannot), ``shrink(extent)`` gives it back."""
+
+    def __init__(
+        self,
+        capacity: int,
+        extent_bytes: int,
+        grow: Callable[[Extent], bool],
+        shrink: Callable[[Extent], None],
+        overhead: int = 0,
+    ) -> None:
+        """``overhead`` bytes are charged per extent beside its slots (a file's header page)."""
+        self.capacity = capacity
+        self.extent_bytes = extent_bytes
+        self.used = 0  # bytes of all extents, overhead included; never above capacity
+        self.extents: dict[int, Extent] = {}
+        self._open: dict[int, list[Extent]] = {}  # class -> extents with a free slot, fullest use last
+        self._empty: set[int] = set()  # extents without a live slot
+        self._next = 1
+        self._grow = grow
+        self._shrink = shrink
+        self._overhead = overhead
+
+    @property
+    def room(self) -> int:
+        """Bytes left in the budget for the slots of a new extent."""
+        return self.capacity - self.used - self._overhead
+
+    def allocate(self, slot_bytes: int) -> int | None:
+        """Address of a slot of class ``slot_bytes``, or None when the budget has no room for one."""
+        ready = self._open.get(slot_bytes)
+        if not ready:
+            if not self.extend(slot_bytes):
+                return None
+            ready = self._open[slot_bytes]
+        extent = ready[-1]
+        slot = extent.free.pop()
+        if not extent.live:
+            self._empty.discard(extent.number)
+        extent.live.add(slot)
+        if not extent.free:
+            ready.pop()
+        return extent.number << SLOT_BITS | slot
+
+    def extend(self, slot_bytes: int) -> bool:
+        """Adds an extent for the class; first gives back empty extents of other classes when the budget needs it."""
+        if self.room < slot_bytes:
+            if not self._empty:
+                return False
+            for extent in [self.extents[number] for number in self._empty]:
+                if extent.slot_bytes != slot_bytes:
+                    self.drop(extent)
+        slots = min(max(1, self.extent_bytes // slot_bytes), self.room // slot_bytes, SLOT_MASK)
+        if slots < 1:
+            return False
+        extent = Extent(self._next, slot_bytes, slots, list(range(slots - 1, -1, -1)))
+        if not self._grow(extent):
+            return False
+        self._next += 1
+        self.adopt(extent)
+        return True
+
+    def adopt(self, extent: Extent) -> None:
+        """Takes in an extent that exists already (found at open)."""
+        self.extents[extent.number] = extent
+        self._next = max(self._next, extent.number + 1)
+        self.used += extent.bytes + self._overhead
+        if not extent.live:
+            self._empty.add(extent.number)
+        if extent.free:
+            self._open.setdefault(extent.slot_bytes, []).append(extent)
+
+    def claim(self, address: int) -> bool:
+        """Marks a given slot as used (at open). False when it is no slot, or used already."""
+        extent = self.extents.get(address >> SLOT_BITS)
+        slot = address & SLOT_MASK
+        if extent is None or slot >= extent.slots or slot in extent.live:
+            return False
+        extent.live.add(slot)
+        self._empty.discard(extent.number)
+        return True
+
+    def settle(self) -> None:
+        """After a series of ``claim``: rebuilds the free lists."""
+        self._open.clear()
+        for extent in self.extents.values():
+            extent.free = [slot for slot in range(extent.slots - 1, -1, -1) if slot not in extent.live]
+            if extent.free:
+                self._open.setdefault(extent.slot_bytes, []).append(extent)
+
+    def free(self, address: int) -> None:
+        """Gives a slot back to its extent."""
+        extent = self.extents[address >> SLOT_BITS]
+        slot = address & SLOT_MASK
+        extent.live.remove(slot)
+        if not extent.live:
+            self._empty.add(extent.number)
+        if not extent.free:
+            self._open.setdefault(extent.slot_bytes, []).append(extent)
+        extent.free.append(slot)
+
+    def drop(self, extent: Extent) -> None:
+        """Gives an extent without live slots back."""
+        assert not extent.live
+        del self.extents[extent.number]
+        self._empty.discard(extent.number)
+        self._open[extent.slot_bytes].remove(extent)
+        self.used -= extent.bytes + self._overhead
+        self._shrink(extent)
+
+    def slot_bytes(self, address: int) -> int:
+        """Size class of the slot at ``address``."""
+        return self.extents[address >> SLOT_BITS].slot_bytes
+
+    def offset(self, address: int) -> int:
+        """Byte offset of the slot in its extent."""
+        return (address & SLOT_MASK) * self.slot_bytes(address)
+
+    def neighbours(self, address: int) -> Sequence[int]:
+        """Addresses of all used slots in the same extent."""
+        extent = self.extents[address >> SLOT_BITS]
+        return [extent.number << SLOT_BITS | slot for slot in extent.live]
+
+    def free_slots(self, slot_bytes: int) -> int:
+        """Number of free slots of a class."""
+        return sum(len(extent.free) for extent in self._open.get(slot_bytes, ()))

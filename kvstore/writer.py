@@ -1,0 +1,231 @@
+"""Writes blocks to disk behind everybody's back: checksums, header, one write each, and durable in groups."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvstore.block import Header, address_of, checksums, encode_header
+from kvstore.errors import TierError
+from kvstore.families import NONE
+from kvstore.mover import Mover, Priority
+from kvstore.residency import Residency, Resident
+
+log = logging.getLogger("kvstore")
+
+COMMIT_BLOCKS = 32  # written blocks that become durable together
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What of a save would survive a restart now: leading tokens of the chain, and the save's own blocks and bytes."""
+
+    tokens: int
+    blocks: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class Written:
+    """A block whose slot is on disk, but not yet in the disk tier's index."""
+
+    number: int
+    resident: Resident
+    address: int
+    header: Header
+
+
+class Writer:
+    """The queue of blocks that are to go to disk. One per store."""
+
+    def __init__(self, residency: Residency, mover: Mover) -> None:
+        self._residency = residency
+        self._mover = mover
+        residency.write_soon = self.enqueue
+        self._scratch = threading.local()
+        # Guarded by residency.lock:
+        self._queued: set[int] = set()  # blocks that wait, are written or are made durable; each holds a lease
+        self._written: list[Written] = []  # on disk, not yet durable
+        self._committing = 0  # blocks in commits that run
+
+    def enqueue(self, number: int) -> None:
+        """Queues a block for its disk write, once. Locked."""
+        residency = self._residency
+        resident = residency.residents.get(number)
+        if residency.disk is None or resident is None or resident.clean or resident.failed or number in self._queued:
+            return
+        if not self._mover.submit(Priority.SAVE, (residency.index.sequence[number],), lambda: self._write(number)):
+            return
+        self._queued.add(number)
+        residency.hold([number])
+
+    def _write(self, number: int) -> None:
+        """Worker: one block to disk, and every so often what was written into the index."""
+        residency = self._residency
+        with residency.lock:
+            resident = residency.residents.get(number)
+            address = None
+            if resident is not None and not resident.clean and not resident.failed:
+                header = self._header(number, resident)
+                address = residency.reserve_disk(resident.layout.class_bytes(header.stride))
+        written = None
+        if resident is not None and address is not None:
+            written = self._write_slot(number, resident, address, header)
+        with residency.lock:
+            if written is not None:
+                self._written.append(written)
+            else:
+                self._give_up(number, resident)
+            batch: list[Written] = []
+            if len(self._written) >= COMMIT_BLOCKS or len(self._queued) == len(self._written) + self._committing:
+                batch, self._written = self._written, []
+                self._committing += len(batch)
+        if batch:
+            self._commit(batch)
+
+    def _header(self, number: int, resident: Resident) -> Header:
+        """Header of a block as it will stand on disk, checksums missing. Locked."""
+        index = self._residency.index
+        kind = index.kind_of(number)
+        parent = index.parent[number]
+        count = index.count[number]
+        return Header(
+            key=index.key[number],
+            parent=index.key[parent] if parent >= 0 else index.root_key(parent),
+            root=parent < 0,
+            namespace=kind.namespace,
+            fingerprint=kind.fingerprint,
+            tenant=kind.tenant,
+            owner=kind.owner,
+            tokens=index.tokens[number],
+            layout=kind.layout,
+            stride=count if count < kind.layout.block_tokens else resident.stride,
+            sequence=index.sequence[number],
+            created=index.created[number],
+            expires=index.expires[number],
+            writer=kind.writer,
+        )
+
+    def _write_slot(self, number: int, resident: Resident, address: int, header: Header) -> Written | None:
+        """Checksums, header, one write. The block's lease keeps its host slot in place meanwhile."""
+        residency = self._residency
+        layout, size = resident.layout, resident.layout.slot_bytes(header.stride)
+        view = residency.host.view(resident.address)
+        slot = view[:size] if header.stride == resident.stride else self._compact(view, resident, header.stride)
+        payload = slot[layout.header_bytes : size]
+        known = resident.checksums if slot.obj is view.obj else None
+        sealed = replace(header, checksums=known or checksums(layout, header.stride, payload))
+        data = encode_header(sealed)
+        slot[: len(data)] = data
+        assert residency.disk is not None
+        try:
+            residency.disk.write(address, slot)
+        except TierError as error:
+            log.warning("a block could not be written to disk: %s", error)
+            with residency.lock:
+                residency.disk.free(address)
+            return None
+        residency.counters.add("disk_written_bytes", size)
+        return Written(number, resident, address, sealed)
+
+    def _compact(self, view: memoryview, resident: Resident, stride: int) -> memoryview:
+        """A partial block's slot without the room that its draft had left, in this thread's scratch memory."""
+        layout = resident.layout
+        size = layout.slot_bytes(stride)
+        scratch: mmap.mmap | None = getattr(self._scratch, "memory", None)
+        if scratch is None or len(scratch) < size:
+            scratch = self._scratch.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        slot = memoryview(scratch)[:size]
+        source, target = address_of(view) + layout.header_bytes, address_of(slot) + layout.header_bytes
+        for wide, tight in zip(layout.pieces(resident.stride), layout.pieces(stride), strict=True):
+            ctypes.memmove(target + tight.offset, source + wide.offset, tight.length)
+        return slot
+
+    def _commit(self, batch: list[Written]) -> None:
+        """Makes written blocks durable and indexed; then they count as on disk."""
+        residency = self._residency
+        assert residency.disk is not None
+        error: TierError | None = None
+        try:
+            residency.disk.commit([(w.address, w.header) for w in batch])
+        except TierError as failure:
+            error = failure
+            log.warning("%d blocks could not be made durable: %s", len(batch), failure)
+        with residency.lock:
+            self._committing -= len(batch)
+            for w in batch:
+                same = residency.residents.get(w.number) is w.resident
+                if error is None and same:
+                    w.resident.clean = True
+                    residency.put_disk(w.number, w.address, w.header.stride)
+                    residency.counters.add("disk_written_blocks")
+                elif error is None:  # the block was forgotten or superseded meanwhile
+                    residency.abandon_disk(w.address, w.header.sequence)
+                else:
+                    residency.disk.free(w.address)
+                if error is None:
+                    self._queued.discard(w.number)
+                    residency.unhold([w.number])
+                else:
+                    self._give_up(w.number, w.resident if same else None)
+            residency.changed.notify_all()
+
+    def _give_up(self, number: int, resident: Resident | None) -> None:
+        """The block stays in memory only. Locked."""
+        residency = self._residency
+        if resident is not None and not resident.clean:
+            resident.failed = True
+            residency.counters.add("failed_writes")
+        self._queued.discard(number)
+        residency.unhold([number])
+        residency.changed.notify_all()
+
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    def wait(self, chain: Sequence[tuple[int, int]], new: set[int], timeout: float | None) -> Durable:
+        """Has the blocks of a chain written, waits until each is durable or has failed."""
+        residency, index = self._residency, self._residency.index
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def settled(number: int, sequence: int) -> bool:
+            resident = residency.residents.get(number)
+            gone = resident is None or index.sequence[number] != sequence
+            return gone or resident.clean or resident.failed or residency.disk is None  # type: ignore[union-attr]
+
+        with residency.lock:
+            for number, sequence in chain:
+                if index.sequence[number] == sequence:
+                    self.enqueue(number)
+            for number, sequence in chain:
+                while not settled(number, sequence):
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if (left is not None and left <= 0) or not residency.changed.wait(left):
+                        break
+            tokens = blocks = size = 0
+            leading = True
+            for number, sequence in chain:
+                durable = index.sequence[number] == sequence and index.disk[number] != NONE
+                leading = leading and durable
+                tokens += index.count[number] if leading else 0
+                if durable and number in new:
+                    blocks += 1
+                    size += residency.payload(number)
+        return Durable(tokens, blocks, size)
+
+    def flush(self, timeout: float | None) -> bool:
+        """Has every unwritten block written; False when the time was not enough."""
+        residency = self._residency
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with residency.lock:
+            for number in list(residency.residents):
+                self.enqueue(number)
+            while self._queued:
+                left = None if deadline is None else deadline - time.monotonic()
+                if (left is not None and left <= 0) or not residency.changed.wait(left):
+                    return not self._queued
+        return True

@@ -1,0 +1,83 @@
+"""What every test gets: a seed that is printed, and a check that nothing was left running or open."""
+
+import gc
+import os
+import random
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BASE_SEED = pytest.StashKey[int]()
+TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=1, help="base of every test's seed; 0 draws a fresh one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    base = config.getoption("--seed")
+    config.stash[BASE_SEED] = base or random.SystemRandom().randrange(1, 2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"kvstore: --seed {config.stash[BASE_SEED]}"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number of this test's own, the same whichever tests run beside it; a failing test prints it."""
+    base = request.config.stash[BASE_SEED]
+    drawn = zlib.crc32(f"{base}:{request.node.nodeid}".encode())
+    print(f"seed {drawn} (repeat with --seed {base})")
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def traces() -> Path:
+    """The folder of public chat logs and traces; a clone elsewhere has none, and skips."""
+    if not TRACES.is_dir():
+        pytest.skip("the folder of public traces is not here: it is not part of the project")
+    return TRACES
+
+
+def open_descriptors() -> dict[int, str]:
+    """Open file descriptors of this process and what they lead to; empty where the system does not say."""
+    found = {}
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # the descriptor of the listing itself
+            continue
+    return found
+
+
+def leaks(threads: set[threading.Thread], descriptors: dict[int, str], patience: float = 2.0) -> list[str]:
+    """What is there now and was not before, in words; what is just ending gets a moment to end."""
+    deadline = time.monotonic() + patience
+    while True:
+        left = [f"thread {t.name}" for t in threading.enumerate() if t not in threads and t.is_alive()]
+        now = open_descriptors()
+        left += [f"descriptor {fd} -> {target}" for fd, target in now.items() if descriptors.get(fd) != target]
+        if not left or time.monotonic() > deadline:
+            return left
+        gc.collect()
+        for thread in threading.enumerate():
+            if thread not in threads and thread is not threading.current_thread():
+                thread.join(timeout=0.05)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a thread or a file descriptor behind; `@pytest.mark.leaky` lets one through."""
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    if request.node.get_closest_marker("leaky"):
+        return
+    left = leaks(threads, descriptors)
+    if left:
+        pytest.fail("left behind: " + ", ".join(left))
