@@ -12,14 +12,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvstore needs Python 3.11 or newer: make PYTHON=python3.11 install")'
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing (the first time takes minutes)"
-	@$(PIP) install --quiet --upgrade pip
-	@$(PIP) install --quiet torch==2.13.0
-	@$(PIP) install --quiet -e '.[transformers,bench,dev]' -c constraints.txt
+	@$(PIP) install -qq --upgrade pip
+	@$(PIP) install -qq torch==2.13.0
+	@$(PIP) install -qq -e '.[transformers,bench,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@mkdir -p out
-	@$(BIN)/kvstore replay bench/data/demo.json --dir out/demo-cache --json out/demo.json --report out/demo.html
+	@mkdir -p out && rm -rf out/demo-cache
+	@$(BIN)/kvstore replay bench/data/demo.json --interleave --host 8MiB --dir out/demo-cache --json out/demo.json --report out/demo.html
 
 test: $(STAMP)
 	@$(BIN)/pytest

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,14 +27,24 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 @dataclass(slots=True)
 class _Shared:
-    """A store that this process has open on a directory, and how many times."""
+    """A store that this process has open on a directory, and how many times; with no users it is about to close."""
 
     store: Store
     users: int
 
 
-_open: dict[Path, _Shared] = {}  # guarded by _lock
-_lock = threading.Lock()
+_open: dict[Path, _Shared] = {}  # guarded by _changed
+_changed = threading.Condition()
+
+
+def _after_fork() -> None:
+    """The parent's stores are not the child's, and its lock may have been held."""
+    global _changed
+    _changed = threading.Condition()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def size_bytes(size: str | int, name: str = "size") -> int:
@@ -44,7 +55,7 @@ def size_bytes(size: str | int, name: str = "size") -> int:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[2].lower() not in _UNITS:
             raise BadInput(f'{name}={size!r} is not a size; write it as "8GiB", "500MB" or a number of bytes')
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
+        value = int(Decimal(match[1]) * _UNITS[match[2].lower()])
     if value <= 0:
         raise BadInput(f"{name}={size!r} must be more than nothing")
     return value
@@ -61,8 +72,9 @@ def open(
     """Opens a store. Without ``path`` it lives in memory only, and nothing is ever written anywhere.
 
     ``host`` and ``disk`` are byte budgets (``"8GiB"`` or an int) that are never exceeded. A directory that this process
-    has open already is shared (its budgets stand); one that another process holds raises ``StoreBusy``, or, with
-    ``on_busy="memory"``, gives a store in memory. ``files`` is the door to the operating system (tests inject faults).
+    has open already is shared (its budgets stand, and it closes with the last who closes); one that another process
+    holds raises ``StoreBusy``, or, with ``on_busy="memory"``, gives a store in memory. ``files`` is the door to the
+    operating system (tests inject faults).
 
     Raises ``BadInput`` for sizes that make no sense and for a directory that is not a cache.
     """
@@ -76,12 +88,13 @@ def open(
         raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error" or "memory"')
     if path is None:
         return Store(HostTier(host_bytes), None, LRU(), LRU())
-    place = Path(path).expanduser().resolve()
-    with _lock:
-        shared = _open.get(place)
-        if shared is not None and shared.store.usable:
+    place = _place(path)
+    with _changed:
+        while (shared := _open.get(place)) is not None and not shared.users:
+            _changed.wait()  # it is being closed
+        if shared is not None:
             shared.users += 1
-            return shared.store
+            return shared.store.share()
         try:
             store = _open_directory(place, host_bytes, disk_bytes, files)
         except StoreBusy:
@@ -92,22 +105,40 @@ def open(
         return store
 
 
+def _place(path: str | os.PathLike[str]) -> Path:
+    text: object = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise BadInput(f"{text!r} names no directory; give one, or no path at all for a store in memory")
+    try:
+        return Path(text).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links, or no home
+        raise BadInput(f"{text!r} names no directory: {error}; give another") from error
+
+
 def _open_directory(place: Path, host: int, disk: int, files: Files | None) -> Store:
     # Imported here, so that a store in memory needs no LMDB.
     from kvstore.files import OsFiles
     from kvstore.tiers.disk import DiskTier
 
     memory = HostTier(host)
-    tier = DiskTier(files or OsFiles(), place, disk)
-    return Store(memory, tier, LRU(), LRU(), on_close=lambda: _let_go(place))
+    tier = DiskTier(files or OsFiles(), str(place), disk)
+    try:
+        return Store(memory, tier, LRU(), LRU(), lambda: _let_go(place), lambda: _gone(place))
+    except BaseException:
+        tier.close()
+        raise
 
 
 def _let_go(place: Path) -> bool:
     """One user of a shared store closes it; True for the last."""
-    with _lock:
+    with _changed:
         shared = _open[place]
         shared.users -= 1
-        if shared.users:
-            return False
+        return not shared.users
+
+
+def _gone(place: Path) -> None:
+    """The store has let go of the directory."""
+    with _changed:
         del _open[place]
-        return True
+        _changed.notify_all()

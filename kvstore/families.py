@@ -89,7 +89,7 @@ class Families:
         at = bisect_left(family, tokens, key=self._tokens_of)
         return family[max(at - 1, 0) : at + 1]
 
-    def restore(self, parents: list[int]) -> None:
+    def restore(self, parents: array[int]) -> None:
         """Takes in the parents of numbers 0, 1, 2, ... at once (at open). Large families are sorted now."""
         child, many = self._child, self._many
         child.frombytes(array("q", [NONE]).tobytes() * len(parents))

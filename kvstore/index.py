@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from kvstore.families import NONE, Families
@@ -68,6 +69,8 @@ class Index:
         self.families = Families(self.tokens_of)
         self.kinds: list[Kind] = []
         self._kind_ids: dict[Kind, int] = {}
+        self._layout: list[int] = []  # by kind: equal layouts have equal small ints
+        self._layout_ids: dict[Layout, int] = {}
         self._roots: dict[bytes, int] = {}
         self._root_keys: list[bytes] = []
         self._free: list[int] = []
@@ -83,6 +86,7 @@ class Index:
         if found is None:
             found = self._kind_ids[kind] = len(self.kinds)
             self.kinds.append(kind)
+            self._layout.append(self._layout_ids.setdefault(kind.layout, len(self._layout_ids)))
         return found
 
     def kind_of(self, number: int) -> Kind:
@@ -103,6 +107,10 @@ class Index:
 
     # -- look-up -----------------------------------------------------------------------------------------------
 
+    def same_layout(self, number: int, layout: Layout) -> bool:
+        """Whether a block's bytes mean what ``layout`` says."""
+        return self._layout[self.kind[number]] == self._layout_ids.get(layout, NONE)
+
     def find(self, namespace: Namespace, layout: Layout, tokens: bytes, limit: int, now: float) -> Found:
         """The longest stored prefix of ``tokens``, at most ``limit`` tokens, that is present and not expired."""
         size = layout.block_tokens * TOKEN_BYTES
@@ -111,11 +119,14 @@ class Index:
         if parent == NONE:
             return Found(blocks, NONE, 0, 0)
         number, known = self.number, self.tokens
+        wanted = self._layout_ids.get(layout, NONE)
         while position + size <= limit * TOKEN_BYTES:
             piece = tokens[position : position + size]
             key = block_key(namespace, key, piece)
             found = number.get(key, NONE)
             if found == NONE or not self._serves(found, now):
+                break
+            if self._layout[self.kind[found]] != wanted:
                 break
             if known.get(found, piece) != piece:  # cannot be, unless the hash is broken: a miss, never wrong bytes
                 break
@@ -125,7 +136,7 @@ class Index:
         done = position // TOKEN_BYTES
         partial, common = self.best_child(parent, tokens[position : position + size], now)
         used = min(common, limit - done)
-        if used <= 0:
+        if used <= 0 or self._layout[self.kind[partial]] != wanted:
             return Found(blocks, NONE, 0, done)
         return Found(blocks, partial, used, done + used)
 
@@ -218,45 +229,65 @@ class Index:
 
     # -- restart -----------------------------------------------------------------------------------------------
 
-    def restore(self, entries: Iterable[Entry]) -> list[int]:
+    def restore(self, entries: Iterable[Entry]) -> tuple[list[int], list[Entry]]:
         """Takes in the blocks found on disk, in order of sequence; the index must be empty.
 
-        Returns their numbers by last use, oldest first, children before parents among equals. A block whose parent is
-        missing is kept out: nothing could reach it.
+        Returns their numbers in the order in which to evict them: by last use, children before parents. And the
+        entries that were kept out: nothing could reach a block whose parent is missing, or a second one of a key.
         """
         assert not self.key
         kinds: dict[tuple[bytes, str, str, int], int] = {}
-        number = self.number
-        rows: list[tuple[int, int, int, int, float, float, int, int, bytes, float]] = []
-        for e in entries:
-            parent = self.root(e.parent) if e.root else number.get(e.parent, NONE)
-            if parent == NONE or e.key in number:
+        number, keys, parents, used = self.number, self.key, self.parent, array("d")
+        add_key, add_parent, add_used = keys.append, parents.append, used.append
+        integers = (self.kind, self.count, self.sequence, self.disk, self.stride)
+        add_kind, add_count, add_sequence, add_disk, add_stride = (column.append for column in integers)
+        add_created, add_expires = self.created.append, self.expires.append
+        # fmt: off
+        apart: list[Entry] = []
+        for entry in chain(entries, _again(apart)):
+            (sequence, address, key, above, namespace, tenant, owner, layout,
+             tokens, stride, created, expires, when, root, _) = entry
+            # fmt: on
+            if root:
+                parent = self.root(above)
+            else:
+                parent = number.get(above, NONE)
+            if parent == NONE or key in number:
+                apart.append(entry)
                 continue
-            shared = (e.namespace, e.tenant, e.owner, id(e.layout))
+            shared = (namespace, tenant, owner, id(layout))
             kind = kinds.get(shared, NONE)
             if kind == NONE:
-                kind = kinds[shared] = self.intern(Kind(e.namespace, b"", e.tenant, e.owner, e.layout, ""))
-            number[e.key] = len(rows)
-            rows.append((parent, kind, e.tokens, e.sequence, e.created, e.expires, e.address, e.stride, e.key, e.used))
-        if not rows:
-            return []
-        parents, kind_ids, counts, sequences, created, expires, addresses, strides, keys, used = zip(*rows, strict=True)
-        for integers, ints in (
-            (self.parent, parents),
-            (self.kind, kind_ids),
-            (self.count, counts),
-            (self.sequence, sequences),
-            (self.disk, addresses),
-            (self.stride, strides),
-        ):
-            integers.extend(ints)
-        self.created.extend(created)
-        self.expires.extend(expires)
-        self.key.extend(keys)
+                kind = kinds[shared] = self.intern(Kind(namespace, b"", tenant, owner, layout, ""))
+            number[key] = len(keys)
+            add_key(key)
+            add_parent(parent)
+            add_kind(kind)
+            add_count(tokens)
+            add_sequence(sequence)
+            add_disk(address)
+            add_stride(stride)
+            add_created(created)
+            add_expires(expires)
+            add_used(when)
         degree = [0] * len(keys)
         for parent in parents:
             if parent >= 0:
                 degree[parent] += 1
         self._degree.extend(degree)
-        self.families.restore(list(parents))
-        return sorted(range(len(keys) - 1, -1, -1), key=used.__getitem__)
+        self.families.restore(parents)
+        for child in range(len(keys) - 1, -1, -1):  # a parent is as young as its youngest child
+            parent = parents[child]
+            if parent >= 0 and used[parent] < used[child]:
+                used[parent] = used[child]
+        return sorted(range(len(keys) - 1, -1, -1), key=used.__getitem__), apart
+
+
+def _again(apart: list[Entry]) -> Iterator[Entry]:
+    """The entries that were put apart, round after round, as long as a round leaves fewer: a parent that was saved
+    anew comes after its children."""
+    left = 0
+    while apart and len(apart) != left:
+        taken, left = list(apart), len(apart)
+        apart.clear()
+        yield from taken

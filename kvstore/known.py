@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -21,10 +22,12 @@ class Known:
         self._remember = remember
         self._lock = threading.Lock()
         self._fingerprints: dict[bytes, tuple[Fingerprint, str]] = {}  # with the tenant; guarded by _lock
-        for name in json.loads(recall(_LIST) or "[]"):
-            stored = json.loads(recall(f"namespace/{name}") or "{}")
-            if stored:
-                self._fingerprints[bytes.fromhex(name)] = (Fingerprint(stored["fingerprint"]), stored["tenant"])
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # damaged: a miss says less
+            for name in json.loads(recall(_LIST) or "[]"):
+                stored = json.loads(recall(f"namespace/{name}") or "null")
+                if stored is not None:
+                    components = {str(key): str(value) for key, value in stored["fingerprint"].items()}
+                    self._fingerprints[bytes.fromhex(name)] = (Fingerprint(components), str(stored["tenant"]))
 
     def add(self, namespace: Namespace) -> None:
         """Something is stored in this namespace."""

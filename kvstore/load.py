@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvstore.block import Header, address_of, bad_pieces, copy_checked, decode_header
+from kvstore.block import address_of, bad_pieces, copy_checked, decode_header
 from kvstore.errors import Corrupt, TierError
 from kvstore.families import NONE
+from kvstore.fetch import Fetch
+from kvstore.keys import TOKEN_BYTES
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
+from kvstore.room import reserve_host
 
 log = logging.getLogger("kvstore")
 
-PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size
 LEASE_SHARE = 0.75  # of the host tier's capacity that leases may hold
 DEADLINE = 30.0  # seconds that a layer is waited for before it counts as failed
 
@@ -35,38 +35,6 @@ class Piece(NamedTuple):
     tokens: int
 
 
-class Fetch:
-    """One block on its way from disk to a host slot; one fetch serves all who wait for the block."""
-
-    def __init__(self, number: int, resident: Resident, view: memoryview, address: int, header_bytes: int) -> None:
-        self.number = number
-        self.resident = resident
-        self.view = view
-        self.address = address
-        self.layout = resident.layout
-        self.offsets = self.layout.layer_offsets(resident.stride)
-        self.header_bytes = header_bytes
-        self.parts = _parts(self.offsets)
-        self.header: Header | None = None
-        self.progress = threading.Condition()  # guards the two fields below
-        self.ready = 0  # layers that are in memory and verified, as bits
-        self.failed = False
-        self.left = len(self.parts)  # parts that have not settled; guarded by progress
-
-    def wait(self, layer: int, deadline: float) -> bool:
-        """Until the layer is there (True), the fetch has failed, or the deadline (monotonic) has passed (False)."""
-        bit = 1 << layer
-        with self.progress:
-            while not self.ready & bit and not self.failed:
-                if not self.progress.wait(max(deadline - time.monotonic(), 0)):
-                    return bool(self.ready & bit)
-            return bool(self.ready & bit)
-
-    def wait_all(self, deadline: float) -> bool:
-        """``wait`` for every layer."""
-        return all(self.wait(first, deadline) for first, _ in self.parts)
-
-
 class Loader:
     """Starts fetches and settles them. One per store."""
 
@@ -78,11 +46,14 @@ class Loader:
     def load(self, match: Match) -> Load:
         """Starts bringing a match's blocks to host memory; takes over its lease. Any thread."""
         residency = self._residency
+        match.loaded = True
         sources: list[tuple[Resident | Fetch, int]] = []
         started: list[Fetch] = []
+        position = 0
         with residency.lock:
+            residency.check_open()
             room = int(residency.host.capacity * LEASE_SHARE) - residency.leased_bytes()
-            for number, tokens in match.blocks:
+            for number, tokens in match.blocks if match.lease.active else ():  # else others may have the numbers by now
                 source: Resident | Fetch | None = residency.residents.get(number) or self._fetches.get(number)
                 if source is None:
                     room -= match.layout.full_slot_bytes
@@ -91,10 +62,18 @@ class Loader:
                         residency.counters.add("loads_cut")
                         break
                     started.append(source)
+                piece = match.token_ids[position : position + tokens * TOKEN_BYTES]
+                if not self._promises(source, number, piece):
+                    break
+                position += len(piece)
                 sources.append((source, tokens))
+            # Known to the policy from the start, so that one touch of the chain puts all of it in order.
+            for fetch in started:
+                residency.host_policy.insert(fetch.number, fetch.resident.payload)
+            residency.host_policy.touch([number for number, _ in match.blocks])
+            views = [s.view if isinstance(s, Fetch) else residency.host.view(s.address) for s, _ in sources]
         for order, fetch in enumerate(started):
             self._submit(fetch, 0, order)
-        views = [s.view if isinstance(s, Fetch) else residency.host.view(s.address) for s, _ in sources]
         return Load(match, sources, views)
 
     def _start(self, number: int) -> Fetch | None:
@@ -103,7 +82,7 @@ class Loader:
         if address == NONE:
             return None
         layout = index.kind_of(number).layout
-        slot = residency.reserve_host(layout.class_bytes(stride))
+        slot = reserve_host(residency, layout.class_bytes(stride))
         if slot is None:
             return None
         resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
@@ -112,40 +91,41 @@ class Loader:
         self._fetches[number] = fetch
         return fetch
 
+    def _promises(self, source: Resident | Fetch, number: int, piece: bytes) -> bool:
+        """Whether the block starts with these tokens; of one under way its header will tell, or fail it. Locked.
+
+        The key says so already. A hash that is broken must cost hits and never give wrong bytes.
+        """
+        if isinstance(source, Resident):
+            return self._residency.index.tokens_of(number).startswith(piece)
+        source.promised.append(piece)
+        return source.header is None or source.header.tokens.startswith(piece)
+
     def _submit(self, fetch: Fetch, part: int, order: int) -> None:
         if not self._mover.submit(Priority.DEMAND, (part, order), lambda: self._run(fetch, part, order)):
-            self._fail(fetch, TierError("the store is closing"))
-            self._part_over(fetch)
+            fetch.cancel()  # the store is closing: ``abort`` settles it
 
     def _run(self, fetch: Fetch, part: int, order: int) -> None:
         first, last = fetch.parts[part]
         try:
             if not fetch.failed:
                 self._read(fetch, part)
-                with fetch.progress:
-                    fetch.ready |= (1 << last) - (1 << first)
-                    fetch.progress.notify_all()
+                fetch.arrive(first, last)
         except TierError as error:
             self._fail(fetch, error)
-        if part == 0:
-            for following in range(1, len(fetch.parts)):
-                self._submit(fetch, following, order)
-        self._part_over(fetch)
-
-    def _part_over(self, fetch: Fetch) -> None:
-        with fetch.progress:
-            fetch.left -= 1
-            over = fetch.left == 0
-        if over:
-            self._settle(fetch)
+        except BaseException:  # a bug; whoever waits must not wait for ever
+            fetch.fail()
+            raise
+        finally:
+            if part == 0:
+                for following in range(1, len(fetch.parts)):
+                    self._submit(fetch, following, order)
+            if fetch.part_over():
+                self._settle(fetch)
 
     def _fail(self, fetch: Fetch, error: TierError) -> None:
         """A part could not be read or is not what was written: waiters learn it at once."""
-        with fetch.progress:
-            first_failure = not fetch.failed
-            fetch.failed = True
-            fetch.progress.notify_all()
-        if first_failure:
+        if fetch.fail():
             kind = "corrupt_blocks" if isinstance(error, Corrupt) else "failed_reads"
             self._residency.counters.add(kind)
             log.warning("a block on disk is dropped: %s", error)
@@ -155,7 +135,7 @@ class Loader:
         with self._residency.lock:
             left = list(self._fetches.values())
         for fetch in left:
-            self._fail(fetch, TierError("the store was closed"))
+            fetch.cancel()
             self._settle(fetch)
 
     def _read(self, fetch: Fetch, part: int) -> None:
@@ -168,23 +148,24 @@ class Loader:
         tier.read(fetch.address, begin, fetch.view[begin:end])
         self._residency.counters.add("disk_read_bytes", end - begin)
         if part == 0:
-            fetch.header = self._check_header(fetch)
+            self._check_header(fetch)
         assert fetch.header is not None
         payload = fetch.view[fetch.header_bytes :]
         bad = next(bad_pieces(fetch.header, payload, first, last), None)
         if bad is not None:
             raise Corrupt(f"checksum of layer {bad[0]} differs")
 
-    def _check_header(self, fetch: Fetch) -> Header:
+    def _check_header(self, fetch: Fetch) -> None:
         header = decode_header(fetch.view[: fetch.header_bytes])
         residency = self._residency
         with residency.lock:
             index, number = residency.index, fetch.number
             kind = index.kind_of(number)
             expected = (index.key[number], kind.namespace, kind.layout, fetch.resident.stride, index.count[number])
-        if (header.key, header.namespace, header.layout, header.stride, header.token_count) != expected:
+            fetch.header = header
+            kept = all(header.tokens.startswith(piece) for piece in fetch.promised)
+        if not kept or (header.key, header.namespace, header.layout, header.stride, header.token_count) != expected:
             raise Corrupt("the slot holds another block than the index says")
-        return header
 
     def _settle(self, fetch: Fetch) -> None:
         """No part runs any more. The block is resident, or a miss from now on.
@@ -199,10 +180,10 @@ class Loader:
             if still_there and not fetch.failed and fetch.header is not None:
                 resident.checksums = fetch.header.checksums
                 residency.put_host(number, resident, fetch.header.tokens)
-                residency.host_policy.touch(residency.index.chain(number))
             else:
+                residency.host_policy.remove(number)
                 residency.keep_until_unleased(number, resident)
-                if still_there:
+                if still_there and not fetch.cancelled:
                     residency.drop_disk(number)
             residency.unhold([number])
             residency.changed.notify_all()
@@ -280,16 +261,5 @@ class Load:
 
     def release(self) -> None:
         """Ends the lease; the pieces must not be used any more. Also happens when the load is dropped."""
-        self._views = []
+        self._sources, self._views = [], []
         self.lease.release()
-
-
-def _parts(offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of layers (first, last + 1) of about ``PART_BYTES``."""
-    bounds: list[tuple[int, int]] = []
-    first = 0
-    for layer in range(1, len(offsets)):
-        if offsets[layer] - offsets[first] >= PART_BYTES or layer == len(offsets) - 1:
-            bounds.append((first, layer))
-            first = layer
-    return bounds

@@ -44,7 +44,9 @@ class Match:
         self.tokens_by_tier = tokens_by_tier
         self.miss = miss
         self.token_ids = token_ids
+        self.loaded = False  # a load has taken over the lease
 
     def release(self) -> None:
-        """Ends the lease; also happens when the match is dropped."""
-        self.lease.release()
+        """Ends the lease, unless a load has taken it over; also happens when the match is dropped."""
+        if not self.loaded:
+            self.lease.release()

@@ -1,4 +1,4 @@
-"""Where the bytes of blocks are, and how room is made: host slots, disk slots, leases, eviction, deletion.
+"""Where the bytes of blocks are: host slots, disk slots, leases, deletion. How room is made stands in room.py.
 
 ``lock`` guards everything here, the index and both policies; it is held for microseconds, never across a copy or I/O.
 Comments below say "locked" where the caller must hold it.
@@ -10,6 +10,7 @@ invisible at once, given back when the last lease ends.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import threading
 import time
@@ -17,9 +18,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count as counter
 
-from kvstore.eviction import victims
+from kvstore.errors import StoreClosed
 from kvstore.families import NONE
 from kvstore.index import Index
 from kvstore.layout import Layout
@@ -48,7 +49,6 @@ class Doomed:
 
     resident: Resident | None
     disk: int
-    sequence: int
     erase: bool
 
 
@@ -73,7 +73,7 @@ class Residency:
         self.host_payload = 0
         self.disk_payload = 0
         self.wall = wall
-        self.sequences = count(1)
+        self.sequences = counter(1)
         self.write_soon: Callable[[int], None] = lambda _: None  # set by the writer: a dirty block is to be written
         self.erase_soon: Callable[[], None] = lambda: None  # set by the store: ``take_erasable`` has something
         self._doomed: dict[int, list[Doomed]] = {}
@@ -83,6 +83,12 @@ class Residency:
         self._abandoned_slots: deque[int] = deque()
         self._expiring: list[tuple[float, int, int]] = []  # (when, number, sequence), a heap
         self.drafts = 0
+        self.closed = False  # no more loads, drafts and saves
+
+    def check_open(self) -> None:
+        """Raises ``StoreClosed`` once the store closes: what comes now could neither be kept nor given back. Locked."""
+        if self.closed:
+            raise StoreClosed("the store is closed; open it again with kvstore.open")
 
     def expire_at(self, number: int, when: float) -> None:
         """Notes that a block is to go at ``when`` (Unix seconds). Locked."""
@@ -102,7 +108,9 @@ class Residency:
 
     def abandon_disk(self, address: int, sequence: int) -> None:
         """A written slot that is nobody's block after all: the block was forgotten meanwhile. Locked."""
-        self._give_back(Doomed(None, address, sequence, erase=True))
+        if self.disk is not None:
+            self.disk.forget([sequence])
+        self._give_back(Doomed(None, address, erase=True))
 
     # -- leases ------------------------------------------------------------------------------------------------
 
@@ -161,26 +169,40 @@ class Residency:
         self.host_policy.insert(number, resident.payload)
 
     def put_disk(self, number: int, address: int, stride: int) -> None:
-        """A block's bytes are on disk from now on. Locked."""
+        """A block's bytes are on disk from now on; the caller touches its chain. Locked."""
         index = self.index
         index.disk[number] = address
         index.stride[number] = stride
         payload = self.payload(number)
         self.disk_payload += payload
         self.disk_policy.insert(number, payload)
-        self.disk_policy.touch(index.chain(number))
 
     def restore(self) -> None:
         """Takes in what the disk tier holds (at open, before any other thread knows of this). Parents come first."""
         disk, index = self.disk, self.index
         assert disk is not None
-        for number in index.restore(disk.load()):
-            payload = self.payload(number)
-            self.disk_payload += payload
-            self.disk_policy.insert(number, payload)
-            if index.expires[number]:
-                self.expire_at(number, index.expires[number])
-        self.sequences = count(max(index.sequence, default=0) + 1)
+        collecting = gc.isenabled()
+        gc.disable()  # millions of objects come in and none of them is garbage: the collector would only look for it
+        try:
+            order, lost = index.restore(disk.load())
+            bytes_per_token = [kind.layout.token_payload for kind in index.kinds]
+            kind, count, insert = index.kind, index.count, self.disk_policy.insert
+            for number in order:
+                payload = bytes_per_token[kind[number]] * count[number]
+                self.disk_payload += payload
+                insert(number, payload)
+        finally:
+            if collecting:
+                gc.enable()
+        for number, when in enumerate(index.expires):
+            if when:
+                self.expire_at(number, when)
+        for entry in lost:
+            disk.forget([entry.sequence])
+            disk.free(entry.address)
+        self.counters.add("unreachable_blocks", len(lost))
+        last = max(max(index.sequence, default=0), max((entry.sequence for entry in lost), default=0))
+        self.sequences = counter(last + 1)
 
     def payload(self, number: int) -> int:
         """Bytes of a block's tokens, without padding. Locked."""
@@ -208,7 +230,9 @@ class Residency:
             return False
         index.unlink(number)
         disk = self._forget_disk(number, linked=False)
-        doomed = Doomed(self._forget_host(number, linked=False), disk, index.sequence[number], erase)
+        if disk != NONE and self.disk is not None:
+            self.disk.forget([index.sequence[number]])  # now, so that no restart brings it back
+        doomed = Doomed(self._forget_host(number, linked=False), disk, erase)
         leased = number in index.leases
         if leased:
             self._doomed.setdefault(number, []).append(doomed)
@@ -220,12 +244,16 @@ class Residency:
     def keep_until_unleased(self, number: int, resident: Resident) -> None:
         """A slot that is nobody's block, but may still be read under leases on ``number`` (at least one). Locked."""
         assert number in self.index.leases
-        self._doomed.setdefault(number, []).append(Doomed(resident, NONE, 0, erase=False))
+        self._doomed.setdefault(number, []).append(Doomed(resident, NONE, erase=False))
 
     def take_erasable(self) -> list[Doomed]:
         """Disk slots whose bytes are to be destroyed; the caller frees them afterwards. Locked."""
         taken, self._to_erase = self._to_erase, []
         return taken
+
+    def not_erased(self, doomed: Sequence[Doomed]) -> None:
+        """The disk would not destroy what ``take_erasable`` gave; the next try takes it again. Locked."""
+        self._to_erase += doomed
 
     def _give_back(self, doomed: Doomed) -> None:
         if doomed.resident is not None:
@@ -233,7 +261,6 @@ class Residency:
                 self.host.erase(doomed.resident.address)
             self.host.free(doomed.resident.address)
         if doomed.disk != NONE and self.disk is not None:
-            self.disk.forget([doomed.sequence])
             if doomed.erase:
                 self._to_erase.append(doomed)
                 self.erase_soon()
@@ -262,48 +289,3 @@ class Residency:
         self.disk_policy.remove(number)
         self.disk_payload -= self.payload(number)
         return address
-
-    # -- room --------------------------------------------------------------------------------------------------
-
-    def reserve_host(self, slot_bytes: int) -> int | None:
-        """A host slot, evicting what may go; None when leases and unwritten blocks hold the rest. Locked."""
-        address = self.host.reserve(slot_bytes)
-        groups = victims(slot_bytes, self.host, self.host_policy, self._host_address, self.residents)
-        while address is None and (group := next(groups, None)) is not None:
-            for number in group:
-                self.drop_host(number)
-            self.counters.add("host_evicted_blocks", len(group))
-            address = self.host.reserve(slot_bytes)
-        if address is None:
-            self.counters.add("host_full")
-        return address
-
-    def reserve_disk(self, slot_bytes: int) -> int | None:
-        """A disk slot, evicting what may go. Locked."""
-        if self.disk is None:
-            return None
-        address = self.disk.reserve(slot_bytes)
-        numbers = range(len(self.index.key))
-        groups = victims(slot_bytes, self.disk, self.disk_policy, self._disk_address, numbers)
-        while address is None and (group := next(groups, None)) is not None:
-            for number in group:
-                self.drop_disk(number)
-            self.counters.add("disk_evicted_blocks", len(group))
-            address = self.disk.reserve(slot_bytes)
-        if address is None:
-            self.counters.add("disk_full")
-        return address
-
-    def _host_address(self, number: int) -> int:
-        """Host slot of a block that may go from there, or NONE."""
-        resident = self.residents.get(number)
-        if resident is None or number in self.index.leases:
-            return NONE
-        if resident.clean or self.disk is None or resident.failed:
-            return resident.address
-        self.write_soon(number)  # goes to disk first, and may go from here after that
-        return NONE
-
-    def _disk_address(self, number: int) -> int:
-        """Disk slot of a block that may go from there, or NONE."""
-        return NONE if number in self.index.leases else self.index.disk[number]

@@ -24,7 +24,7 @@ class Draft:
     Dropping it gives the slot back.
     """
 
-    __slots__ = ("_abandoned", "_owned", "_pointer", "_view", "address", "checksums", "layout")
+    __slots__ = ("_home", "_owned", "_pointer", "_view", "address", "checksums", "layout")
 
     def __init__(self, residency: Residency, layout: Layout, address: int) -> None:
         self.layout = layout
@@ -32,7 +32,7 @@ class Draft:
         self.checksums: array[int] | None = None
         self._view = residency.host.view(address)
         self._pointer = residency.host.pointer(address) + layout.header_bytes
-        self._abandoned = residency.slot_abandoned
+        self._home = residency
         self._owned = True
 
     def __del__(self) -> None:
@@ -69,7 +69,11 @@ class Draft:
         """Gives the slot back; again is no error."""
         if self._owned:
             self._owned = False
-            self._abandoned(self.address)
+            self._home.slot_abandoned(self.address)
+
+    def usable(self, residency: Residency) -> bool:
+        """Whether it is its holder's still, in the store with this residency."""
+        return self._owned and self._home is residency
 
     def take(self) -> int:
         """The slot's address, which the caller owns from now on."""
@@ -80,9 +84,9 @@ class Draft:
 class Saved:
     """A save under way. ``tokens`` are visible to ``match`` already; ``new_tokens`` of them came from this save."""
 
-    def __init__(self, writer: Writer, chain: list[tuple[int, int]], new: list[int], tokens: int, new_tokens: int):
+    def __init__(self, writer: Writer, chain: list[tuple[int, int, int]], new: list[int], tokens: int, new_tokens: int):
         self._writer = writer
-        self._chain = chain  # (number, sequence)
+        self._chain = chain  # (number, sequence, tokens of it)
         self._new = new
         self.tokens = tokens
         self.new_tokens = new_tokens
@@ -120,6 +124,7 @@ class Saver:
         new: list[int] = []
         visible = fresh = 0
         with residency.lock:
+            residency.check_open()
             residency.settle()
             index = residency.index
             kind = index.intern(
@@ -128,12 +133,15 @@ class Saver:
             parent = index.root(namespace.root)
             for i, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
                 number = index.number.get(key, NONE)
+                if number != NONE and not index.same_layout(number, layout):
+                    break  # the namespace holds this chain in another layout
                 if number != NONE and index.present(number):
+                    if index.tokens_of(number) != piece:
+                        break  # cannot be, unless the hash is broken
                     if index.expires[number] and (not expires or expires > index.expires[number]):
                         index.expires[number] = expires
-                elif self._covered(parent, piece, layout):
-                    visible += len(piece) // TOKEN_BYTES
-                    break
+                elif (cover := self._cover(parent, piece, layout)) != NONE:
+                    number = cover
                 else:
                     draft = drafts.get(i)
                     if draft is None:
@@ -146,23 +154,24 @@ class Saver:
                 parent = number
             residency.host_policy.touch(chain)
             residency.disk_policy.touch(chain)
-            sequences = [(number, index.sequence[number]) for number in chain]
-            if residency.disk is not None:
-                for number in new:
-                    if index.count[number] == layout.block_tokens:
-                        self._writer.enqueue(number)
+            counts = [len(piece) // TOKEN_BYTES for piece in pieces]
+            sequences = [(n, index.sequence[n], tokens) for n, tokens in zip(chain, counts, strict=False)]
+            for number in new:
+                if index.count[number] == layout.block_tokens:
+                    self._writer.enqueue(number)
         for draft in drafts.values():
             draft.discard()
         residency.counters.add("saved_tokens", fresh)
         return Saved(self._writer, sequences, new, visible, fresh)
 
-    def _covered(self, parent: int, piece: bytes, layout: Layout) -> bool:
-        """Whether a stored sibling starts with all tokens of this partial block. Locked."""
+    def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
+        """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""
         if len(piece) == layout.block_tokens * TOKEN_BYTES:
-            return False
+            return NONE
         index = self._residency.index
         child, common = index.best_child(parent, piece, self._residency.wall())
-        return child != NONE and common * TOKEN_BYTES == len(piece)
+        covers = child != NONE and common * TOKEN_BYTES == len(piece) and index.same_layout(child, layout)
+        return child if covers else NONE
 
     def _publish(
         self, number: int, key: bytes, parent: int, kind: int, piece: bytes, draft: Draft, now: float, expires: float
@@ -189,6 +198,8 @@ class Saver:
         family = index.families.children(parent)
         at = index.families.position(family, number)
         while at > 0 and piece.startswith(index.tokens_of(family[at - 1])):
+            if not index.same_layout(family[at - 1], layout):
+                break
             residency.doom(family[at - 1], erase=False)  # a proper prefix: this block serves all that it served
             residency.counters.add("superseded_blocks")
             at -= 1

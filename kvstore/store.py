@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from kvstore.errors import BadInput, ForkError, StoreClosed
+from kvstore.erasure import Eraser, Receipt
+from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
 from kvstore.families import NONE
 from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
 from kvstore.known import Known
@@ -15,24 +17,18 @@ from kvstore.layout import Layout
 from kvstore.lease import Lease
 from kvstore.load import Load, Loader
 from kvstore.match import Match
-from kvstore.mover import Mover, Priority
+from kvstore.mover import Mover
 from kvstore.policy import EvictionPolicy
 from kvstore.residency import Residency
+from kvstore.room import reserve_host
 from kvstore.save import Draft, Saved, Saver
 from kvstore.tiers.base import Problem, Tier
 from kvstore.tiers.host import HostTier
 from kvstore.writer import Writer
 
+log = logging.getLogger("kvstore")
+
 CLOSE_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What ``forget`` erased. ``deferred`` blocks are invisible already and are erased when their last lease ends."""
-
-    blocks: int
-    bytes: int
-    deferred: int
 
 
 class Store:
@@ -48,19 +44,21 @@ class Store:
         host_policy: EvictionPolicy,
         disk_policy: EvictionPolicy,
         on_close: Callable[[], bool] = lambda: True,
+        closed: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_close`` says whether this call of ``close`` is the last of those who share the store."""
+        """``on_close`` says whether this call of ``close`` is the last of those who share the store; ``closed`` is
+        called when the last has let go of everything."""
         self._residency = Residency(host, disk, host_policy, disk_policy)
         self._mover = Mover(on_error=lambda: self._residency.counters.add("failed_jobs"))
         self._loader = Loader(self._residency, self._mover)
         self._writer = Writer(self._residency, self._mover)
         self._saver = Saver(self._residency, self._writer)
-        self._residency.erase_soon = self._erase_soon
-        self._on_close = on_close
+        self._eraser = Eraser(self._residency, self._mover)
+        self._on_close, self._when_closed = on_close, closed
         self._pid = os.getpid()
         self._closed = False
         self._notes: dict[str, str] = {}  # ``remember`` without a disk
-        self._known = Known(self.recall, self.remember)
+        self._known = Known(self._recall, self._remember)
         if disk is not None:
             self._residency.restore()
 
@@ -70,10 +68,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def usable(self) -> bool:
-        """Whether this process may call it: opened here, not closed."""
-        return not self._closed and os.getpid() == self._pid
+    def share(self) -> Store:
+        """One more handle on this store, closed apart: what they share closes with the last."""
+        other = copy.copy(self)
+        other._closed = False
+        return other
 
     def _alive(self) -> Residency:
         if os.getpid() != self._pid:
@@ -133,10 +132,11 @@ class Store:
         residency = self._alive()
         size = layout.full_slot_bytes
         with residency.lock:
+            residency.check_open()
             residency.settle()
             drafts = []
             for _ in range(count):
-                address = residency.reserve_host(size)
+                address = reserve_host(residency, size)
                 if address is None:
                     break
                 drafts.append(Draft(residency, layout, address))
@@ -167,6 +167,10 @@ class Store:
         for draft in drafts.values():
             if draft.layout != layout:
                 raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
+            if not draft.usable(self._residency):
+                raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
+        if len({id(draft) for draft in drafts.values()}) < len(drafts):
+            raise BadInput("a draft stands for two blocks; ask store.draft for one each")
         self._known.add(namespace)
         return self._saver.save(namespace, layout, tokens, drafts, owner, ttl, writer)
 
@@ -180,42 +184,8 @@ class Store:
         ``older_than``: seconds since they were saved. Returns when the bytes on disk are gone, but for those that a
         lease still holds (``deferred``).
         """
-        residency = self._alive()
-        if tenant is None and owner is None and older_than is None:
-            raise BadInput("forget needs a tenant, an owner or an age: an empty call would erase everything")
-        blocks = size = deferred = 0
-        with residency.lock:
-            residency.settle()
-            index = residency.index
-            before = residency.wall() - older_than if older_than is not None else float("inf")
-            wanted = {
-                i
-                for i, kind in enumerate(index.kinds)
-                if (tenant is None or kind.tenant == tenant) and (owner is None or kind.owner == owner)
-            }
-            numbers = [n for n in index.numbers() if index.kind[n] in wanted and index.created[n] <= before]
-            for number in sorted(numbers, key=index.sequence.__getitem__, reverse=True):
-                if index.present(number):
-                    blocks += 1
-                    size += residency.payload(number)
-                    deferred += residency.doom(number, erase=True)
-        residency.counters.add("forgotten_blocks", blocks)
-        self._erase()
-        return Receipt(blocks, size, deferred)
-
-    def _erase_soon(self) -> None:
-        self._mover.submit(Priority.SAVE, (0,), self._erase)
-
-    def _erase(self) -> None:
-        residency = self._residency
-        with residency.lock:
-            doomed = residency.take_erasable()
-        if not doomed or residency.disk is None:
-            return
-        residency.disk.erase([d.disk for d in doomed])
-        with residency.lock:
-            for d in doomed:
-                residency.disk.free(d.disk)
+        self._alive()
+        return self._eraser.forget(tenant, owner, older_than)
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
@@ -245,16 +215,28 @@ class Store:
 
     def remember(self, name: str, value: str) -> None:
         """Keeps a small string beside the blocks (a checkpoint's digest), on disk where there is one."""
-        disk = self._alive().disk
+        self._alive()
+        self._remember(name, value)
+
+    def recall(self, name: str) -> str | None:
+        """What ``remember`` kept under ``name``."""
+        self._alive()
+        return self._recall(name)
+
+    def _remember(self, name: str, value: str) -> None:
+        disk = self._residency.disk
         if disk is None:
             self._notes[name] = value
         else:
             disk.remember(name, value)
 
-    def recall(self, name: str) -> str | None:
-        """What ``remember`` kept under ``name``."""
-        disk = self._alive().disk
-        return self._notes.get(name) if disk is None else disk.recall(name)
+    def _recall(self, name: str) -> str | None:
+        disk = self._residency.disk
+        try:
+            return self._notes.get(name) if disk is None else disk.recall(name)
+        except TierError as error:
+            log.warning("a note cannot be read: %s", error)
+            return None
 
     def verify(self) -> list[Problem]:
         """Reads every block on disk and checks it; what is wrong with which."""
@@ -268,13 +250,28 @@ class Store:
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Flushes within ``timeout`` seconds, stops the threads, lets go of the directory. Again is no error."""
-        if self._closed or os.getpid() != self._pid or not self._on_close():
+        if os.getpid() != self._pid:
             return
-        self._writer.flush(timeout)
-        self._closed = True
-        self._mover.close()
-        self._loader.abort()
-        self._erase()
-        if self._residency.disk is not None:
-            self._residency.disk.close()
-        self._residency.host.close()
+        residency = self._residency
+        with residency.lock:
+            if self._closed:
+                return
+            self._closed = True
+        if not self._on_close():
+            return
+        try:
+            self._writer.flush(timeout)
+            with residency.lock:
+                residency.closed = True
+            self._mover.close()
+            self._loader.abort()
+            self._writer.abort()
+            self._eraser.erase()
+            if residency.disk is not None:
+                residency.disk.close()
+        except TierError as error:
+            log.warning("the disk tier could not be closed well: %s", error)
+        finally:
+            with residency.lock:
+                residency.host.close()
+            self._when_closed()

@@ -15,6 +15,7 @@ from kvstore.errors import TierError
 from kvstore.families import NONE
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
+from kvstore.room import reserve_disk
 
 log = logging.getLogger("kvstore")
 
@@ -72,7 +73,7 @@ class Writer:
             address = None
             if resident is not None and not resident.clean and not resident.failed:
                 header = self._header(number, resident)
-                address = residency.reserve_disk(resident.layout.class_bytes(header.stride))
+                address = reserve_disk(residency, resident.layout.class_bytes(header.stride))
         written = None
         if resident is not None and address is not None:
             written = self._write_slot(number, resident, address, header)
@@ -128,7 +129,7 @@ class Writer:
         except TierError as error:
             log.warning("a block could not be written to disk: %s", error)
             with residency.lock:
-                residency.disk.free(address)
+                self._unwrite(number, resident, address, header.sequence)
             return None
         residency.counters.add("disk_written_bytes", size)
         return Written(number, resident, address, sealed)
@@ -158,60 +159,86 @@ class Writer:
             log.warning("%d blocks could not be made durable: %s", len(batch), failure)
         with residency.lock:
             self._committing -= len(batch)
+            stored: list[int] = []
             for w in batch:
                 same = residency.residents.get(w.number) is w.resident
                 if error is None and same:
                     w.resident.clean = True
                     residency.put_disk(w.number, w.address, w.header.stride)
-                    residency.counters.add("disk_written_blocks")
+                    stored.append(w.number)
                 elif error is None:  # the block was forgotten or superseded meanwhile
                     residency.abandon_disk(w.address, w.header.sequence)
                 else:
-                    residency.disk.free(w.address)
+                    self._unwrite(w.number, w.resident, w.address, w.header.sequence)
                 if error is None:
-                    self._queued.discard(w.number)
-                    residency.unhold([w.number])
+                    self._leave_queue(w.number, w.resident)
                 else:
-                    self._give_up(w.number, w.resident if same else None)
-            residency.changed.notify_all()
+                    self._give_up(w.number, w.resident)
+            parents = {residency.index.parent[number] for number in stored}
+            for number in stored:
+                if number not in parents:  # the last of its chain here: one touch puts all before it in order
+                    residency.disk_policy.touch(residency.index.chain(number))
+            residency.counters.add("disk_written_blocks", len(stored))
+
+    def _unwrite(self, number: int, resident: Resident, address: int, sequence: int) -> None:
+        """A write or a commit failed: the slot goes back, erased when its block was forgotten meanwhile. Locked."""
+        residency = self._residency
+        assert residency.disk is not None
+        if residency.residents.get(number) is resident:
+            residency.disk.forget([sequence])  # who knows how far the commit came
+            residency.disk.free(address)
+        else:
+            residency.abandon_disk(address, sequence)
 
     def _give_up(self, number: int, resident: Resident | None) -> None:
         """The block stays in memory only. Locked."""
-        residency = self._residency
         if resident is not None and not resident.clean:
             resident.failed = True
-            residency.counters.add("failed_writes")
+            self._residency.counters.add("failed_writes")
+        self._leave_queue(number, resident)
+
+    def _leave_queue(self, number: int, resident: Resident | None) -> None:
+        """This write of a block is over; one that was saved anew meanwhile takes its place. Locked."""
+        residency = self._residency
         self._queued.discard(number)
+        if residency.residents.get(number) is not resident:
+            self.enqueue(number)
         residency.unhold([number])
         residency.changed.notify_all()
 
+    def abort(self) -> None:
+        """The mover is closed and its jobs are gone: what is on disk becomes durable, the rest stays unwritten."""
+        residency = self._residency
+        with residency.lock:
+            batch, self._written = self._written, []
+            self._committing += len(batch)
+        if batch:
+            self._commit(batch)
+        with residency.lock:
+            for number in list(self._queued):
+                self._give_up(number, residency.residents.get(number))
+
     # -- waiting -----------------------------------------------------------------------------------------------
 
-    def wait(self, chain: Sequence[tuple[int, int]], new: set[int], timeout: float | None) -> Durable:
+    def wait(self, chain: Sequence[tuple[int, int, int]], new: set[int], timeout: float | None) -> Durable:
         """Has the blocks of a chain written, waits until each is durable or has failed."""
         residency, index = self._residency, self._residency.index
         deadline = None if timeout is None else time.monotonic() + timeout
-
-        def settled(number: int, sequence: int) -> bool:
-            resident = residency.residents.get(number)
-            gone = resident is None or index.sequence[number] != sequence
-            return gone or resident.clean or resident.failed or residency.disk is None  # type: ignore[union-attr]
-
         with residency.lock:
-            for number, sequence in chain:
+            for number, sequence, _ in chain:
                 if index.sequence[number] == sequence:
                     self.enqueue(number)
-            for number, sequence in chain:
-                while not settled(number, sequence):
+            for number, sequence, _ in chain:
+                while number in self._queued and index.sequence[number] == sequence:
                     left = None if deadline is None else deadline - time.monotonic()
                     if (left is not None and left <= 0) or not residency.changed.wait(left):
                         break
             tokens = blocks = size = 0
             leading = True
-            for number, sequence in chain:
+            for number, sequence, used in chain:
                 durable = index.sequence[number] == sequence and index.disk[number] != NONE
                 leading = leading and durable
-                tokens += index.count[number] if leading else 0
+                tokens += used if leading else 0
                 if durable and number in new:
                     blocks += 1
                     size += residency.payload(number)

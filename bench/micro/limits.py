@@ -89,14 +89,18 @@ def in_threads(work: Sequence[Callable[[], object]]) -> None:
 
 
 class PlainFile:
-    """A preallocated file, written and read with O_DIRECT where that is possible, ``flight`` transfers at a time."""
+    """A preallocated file, written and read with O_DIRECT where that is possible, ``flight`` transfers at a time.
 
-    def __init__(self, path: Path, size: int) -> None:
+    It goes round through ``rounds`` regions, so that it touches as much of the disk as the store beside it.
+    """
+
+    def __init__(self, path: Path, size: int, rounds: int) -> None:
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_DIRECT", 0)
         self._fd = os.open(path, flags, 0o600)
+        self._size, self._rounds, self._round = size, rounds, 0
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._fd, 0, size)
+            os.posix_fallocate(self._fd, 0, size * rounds)
 
     def write(self, buffers: Sequence[memoryview], flight: int) -> None:
         """Writes the buffers one behind the other, then syncs."""
@@ -108,11 +112,12 @@ class PlainFile:
         self._run(buffers, flight, lambda view, offset: os.preadv(self._fd, [view], offset))
 
     def _run(self, buffers: Sequence[memoryview], flight: int, move: Callable[[memoryview, int], int]) -> None:
-        size = len(buffers[0])
+        size, start = len(buffers[0]), self._round * self._size
+        self._round = (self._round + 1) % self._rounds
 
         def worker(first: int) -> None:
             for i in range(first, len(buffers), flight):
-                done = move(buffers[i], i * size)
+                done = move(buffers[i], start + i * size)
                 assert done == size, "a plain transfer was cut short"
 
         in_threads([lambda first=first: worker(first) for first in range(flight)])  # type: ignore[misc]

@@ -112,6 +112,15 @@ class Slab:
         self._empty.discard(extent.number)
         return True
 
+    def occupy(self, number: int, slots: set[int]) -> None:
+        """Marks many slots of an extent without any in use (at open)."""
+        self.extents[number].live = slots
+        self._empty.discard(number)
+
+    def cost(self, extent: Extent) -> int:
+        """Bytes that the budget is charged for an extent."""
+        return extent.bytes + self._overhead
+
     def settle(self) -> None:
         """After a series of ``claim``: rebuilds the free lists."""
         self._open.clear()
@@ -131,12 +140,34 @@ class Slab:
             self._open.setdefault(extent.slot_bytes, []).append(extent)
         extent.free.append(slot)
 
+    def seize(self, number: int) -> list[int]:
+        """Takes all free slots of an extent out of use, until ``restore``; returns their numbers."""
+        extent = self.extents.get(number)
+        if extent is None or not extent.free:
+            return []
+        taken, extent.free = extent.free, []
+        self._open[extent.slot_bytes].remove(extent)
+        return taken
+
+    def restore(self, number: int, slots: list[int]) -> None:
+        """Makes seized slots free again; the extent may be gone by now."""
+        extent = self.extents.get(number)
+        if extent is not None and slots:
+            if not extent.free:
+                self._open.setdefault(extent.slot_bytes, []).append(extent)
+            extent.free += slots
+
+    def skip(self, number: int) -> None:
+        """Numbers of new extents are above this one."""
+        self._next = max(self._next, number + 1)
+
     def drop(self, extent: Extent) -> None:
         """Gives an extent without live slots back."""
         assert not extent.live
         del self.extents[extent.number]
         self._empty.discard(extent.number)
-        self._open[extent.slot_bytes].remove(extent)
+        if extent.free:  # none: they are seized
+            self._open[extent.slot_bytes].remove(extent)
         self.used -= extent.bytes + self._overhead
         self._shrink(extent)
 

@@ -1,0 +1,148 @@
+"""The cache that a hit hands to the model: loads lazily what is stored, records what is new."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from kvstore.adapters.transformers import capture
+from kvstore.adapters.transformers.batch import Plan
+from kvstore.adapters.transformers.buffers import LayerSpec
+from kvstore.adapters.transformers.layers import LazyLayer, LazySlidingLayer
+from kvstore.adapters.transformers.loaded import Loaded
+from kvstore.adapters.transformers.recorder import Recorder
+
+
+class ReuseCache(DynamicCache):
+    """A ``DynamicCache`` as far as any model or ``generate`` can tell."""
+
+    def __init__(
+        self,
+        owner: object,  # the Reuse that made it; only its forward passes are recorded
+        loaded: Loaded,
+        recorder: Recorder,
+        specs: Sequence[LayerSpec],
+        dtype: torch.dtype,
+        plan: Plan | None = None,
+        stamp: object = None,
+        tenant: str = "",
+    ) -> None:
+        layers = [
+            LazyLayer(loaded, index) if spec.window is None else LazySlidingLayer(loaded, index, spec.window)
+            for index, spec in enumerate(specs)
+        ]
+        Cache.__init__(self, layers=layers)
+        self.owner = weakref.ref(owner)
+        self.loaded, self.recorder, self.stamp, self.tenant = loaded, recorder, stamp, tenant
+        self._specs, self._dtype = specs, dtype
+        self._plan = plan  # until the first forward pass
+        # A dropped cache must not keep leases or private blocks; neither refers back to it.
+        self._drop = weakref.finalize(self, _drop, loaded, recorder)
+        self._drop.atexit = False
+
+    # -- the forward pass ---------------------------------------------------------------------------------------------
+
+    def unread(self, ids: Any, positions: Any) -> int:
+        """How many leading columns of these inputs are in the cache already: not 0 when the prompt comes whole again.
+
+        That is what assisted generation does with a cache that it is given, and what ``model(**hit.inputs)`` asks for.
+        Its positions start over, so it cannot be a text that goes on with the same words.
+        """
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.columns or not _is_matrix(ids) or not _is_matrix(positions):
+            return 0
+        if ids.shape[1] < plan.ids.shape[1] or positions.shape[1] != ids.shape[1] or ids.shape[0] % plan.ids.shape[0]:
+            return 0
+        times = ids.shape[0] // plan.ids.shape[0]
+        same = torch.equal(ids[::times, : plan.columns], plan.ids[:, : plan.columns]) and torch.equal(
+            positions[::times, : plan.columns].expand(plan.ids.shape[0], -1), plan.positions[:, : plan.columns]
+        )
+        return plan.columns if same else 0
+
+    def begin(self, ids: Any, mask: Any, positions: Any) -> None:
+        """The decoder starts on these inputs."""
+        recorder = self.recorder
+        capture.listen(recorder.calls)
+        if _is_matrix(ids) and ids.shape[0] != len(recorder.places):
+            # `generate` repeats the inputs for beams and several returned sequences, but not the cache it is given.
+            times, rest = divmod(ids.shape[0], len(recorder.places))
+            if times > 1 and not rest:
+                self.batch_repeat_interleave(times)
+            else:
+                recorder.end_all(f"{ids.shape[0]} sequences were given to a cache of {len(recorder.places)}")
+        recorder.begin(ids, mask, positions)
+
+    def finish(self) -> None:
+        """The decoder is done, or failed."""
+        capture.leave()
+        self.recorder.finish()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Record the new states, wait for what is stored of this layer, and give both to attention."""
+        self.recorder.layer(layer_idx, key_states, value_states)
+        result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return result
+
+    # -- what changes the batch or its length -------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the sequences for beam search."""
+        self.recorder.select(beam_idx.tolist())
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.recorder.repeat(repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these sequences."""
+        self.recorder.select(torch.as_tensor(indices).tolist())
+        super().batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (a negative number, as transformers has it)."""
+        unread = any(layer.waiting for layer in self.layers)
+        super().crop(tokens_to_remove)
+        self.recorder.crop(abs(tokens_to_remove), unread)
+
+    def reset(self) -> None:
+        """Forget everything; nothing more is recorded."""
+        self.recorder.end_all("the cache was reset")
+        super().reset()
+
+    # -- what reads it outside a forward pass -------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Bring every layer that still waits."""
+        for layer, spec in zip(self.layers, self._specs, strict=True):
+            layer.fetch(torch.empty(0, dtype=self._dtype, device=spec.device))
+
+    def __iter__(self) -> Iterator[Any]:
+        self.fetch()
+        return iter(super().__iter__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicCache:
+        """A plain copy that loads and records nothing."""
+        self.fetch()
+        copy = DynamicCache(list(self))
+        for layer, mine in zip(copy.layers, self.layers, strict=True):
+            layer.keys, layer.values = mine.keys.clone(), mine.values.clone()
+            if hasattr(mine, "cumulative_length"):
+                layer.cumulative_length, layer.record_past = mine.cumulative_length, mine.record_past
+        return copy
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 2
+
+
+def _drop(loaded: Loaded, recorder: Recorder) -> None:
+    loaded.release()
+    recorder.discard()

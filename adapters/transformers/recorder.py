@@ -1,0 +1,197 @@
+"""Recording a batch while the model runs: which tokens pass, and their keys before rotation and values, layer by layer.
+
+A recorder never guesses. A forward pass whose tokens, positions or mask it cannot account for ends the recording of
+the rows concerned, with a reason; what was recorded before stays good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from kvstore.adapters.transformers.capture import Call
+from kvstore.adapters.transformers.rotation import Rotation
+from kvstore.adapters.transformers.row import Row
+
+
+class Step(NamedTuple):
+    """What one row takes from the forward pass that is running."""
+
+    row: Row
+    place: int  # in the batch
+    first: int  # column of its first new token
+    ids: list[int]
+
+
+class Recorder:
+    """The rows of one cache. ``places[i]`` is the row that the batch's i-th sequence continues."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        columns: torch.Tensor,
+        rotations: Sequence[Rotation],
+        dtype: torch.dtype,
+        windows: bool,
+    ) -> None:
+        self.rows = list(rows)
+        self.places = list(range(len(self.rows)))
+        self.calls: list[Call] = []
+        self._columns = columns  # [rows, columns known]: which columns hold a token
+        self._total = columns.shape[1]  # columns of the cache; more than are known once recording has ended
+        self._rotations = rotations
+        self._dtype = dtype
+        self._windows = windows  # holes between tokens would shift index-based windows
+        self._steps: list[Step] | None = None
+        self._layers = 0
+        self._width = 0
+        self._fresh: torch.Tensor | None = None
+        self._together = False  # this pass reads one token, which is written when all layers are known
+        self._states: list[torch.Tensor] = []
+
+    # -- one forward pass ---------------------------------------------------------------------------------------------
+
+    def begin(self, ids: Any, mask: Any, positions: Any) -> None:
+        """A forward pass over ``ids`` starts, with what the model was given besides."""
+        self._steps, self._layers, self._width, self._fresh, self._together = [], 0, 0, None, False
+        self._states.clear()
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return self.end_all("the model was not given token ids")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            return self.end_all("the attention mask was not two-dimensional")
+        past, new = self._columns.shape[1], ids.shape[1]
+        if mask is not None and mask.shape[1] != past + new:
+            return self.end_all(f"the attention mask has {mask.shape[1]} columns for {past + new} tokens")
+        live = [index for index, row in enumerate(self.rows) if row.ended is None or self._reopened(row)]
+        fresh = torch.ones((len(self.rows), new), dtype=torch.bool)
+        for index in live:
+            places = [place for place, row in enumerate(self.places) if row == index]
+            if not places:
+                self.rows[index].end("its sequence was dropped from the batch")
+                continue
+            if any(not torch.equal(ids[places[0]], ids[place]) for place in places[1:]):
+                self.rows[index].end("sequences that continue it parted")
+                continue
+            if mask is not None:
+                given = mask[places[0]].to("cpu", torch.bool)
+                if not torch.equal(given[:past], self._columns[index]):
+                    self.rows[index].end("the attention mask hides or shows other tokens than were read")
+                    continue
+                fresh[index] = given[past:]
+            elif not bool(self._columns[index].all()):
+                self.rows[index].end("no attention mask was given for a padded row")
+                continue
+            self._begin_row(self.rows[index], places[0], ids[places[0]], fresh[index], positions)
+        self._fresh = fresh
+        self._together = new == 1 and all(step.row.alike for step in self._steps)
+
+    @staticmethod
+    def _reopened(row: Row) -> bool:
+        """Whether a row that was saved can go on: the same cache is used for the next turn."""
+        reopen, row.reopen = row.reopen, None
+        return reopen is not None and reopen()
+
+    def _begin_row(self, row: Row, place: int, ids: torch.Tensor, fresh: torch.Tensor, positions: Any) -> None:
+        size = ids.shape[0]
+        count = int(fresh.sum()) if size > 1 else int(fresh[0])
+        if not count:
+            return
+        first, length = size - count, len(row.ids)
+        if count < size and (not bool(fresh[first:].all()) or (self._windows and length)):
+            return row.end("the attention mask has holes between tokens")
+        if isinstance(positions, torch.Tensor):
+            if positions.ndim != 2:
+                return row.end("positions were not two-dimensional")
+            given = positions[place if positions.shape[0] > 1 else 0, -size:][first:].tolist()
+            if given[0] != length or given != list(range(length, length + count)):
+                return row.end(f"positions do not follow the {length} tokens before")
+        elif self._columns.shape[1] + first != length:
+            return row.end("no position ids were given for a padded row")
+        wanted = ids[first:].tolist()
+        room = row.prepare(count)
+        if room:
+            assert self._steps is not None
+            self._steps.append(Step(row, place, first, wanted[:room]))
+
+    def layer(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """``Cache.update`` was given these new keys and values of layer ``index``."""
+        if self._steps is None:
+            self.end_all("tokens passed through a model that is not attached to this cache")
+        elif self._steps:
+            originals = self._rotations[index].originals(self.calls, keys)
+            if originals is None or originals.dtype != self._dtype or values.dtype != self._dtype:
+                self.stop(f"layer {index} made its keys in another way than at the attach test")
+            elif self._together:
+                self._states += (originals.detach(), values.detach())
+            else:
+                self._write(index, originals.detach(), values.detach())
+        self._layers += 1
+        self._width = keys.shape[-2]
+        self.calls.clear()
+
+    def _write_together(self) -> None:
+        """One token in all layers: one gather and one copy instead of two for each layer."""
+        states = torch.cat(self._states).unflatten(0, (len(self._rotations), 2, -1))
+        for row, place, _, _ in self._steps or ():
+            row.write_token(states[:, :, place].squeeze(-2))
+
+    def _write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        assert self._steps is not None
+        for row, place, first, ids in self._steps:
+            row.write(index, keys[place].narrow(1, first, len(ids)), values[place].narrow(1, first, len(ids)))
+
+    def finish(self) -> None:
+        """The forward pass is over; its tokens count when every layer was seen."""
+        if self._together and self._layers == len(self._rotations) and self._steps:
+            self._write_together()
+        steps, self._steps = self._steps, None
+        self.calls.clear()
+        self._states.clear()
+        self._total += self._width
+        if self._layers != len(self._rotations):
+            self.end_all("a forward pass was interrupted")
+        elif self._fresh is not None:
+            self._columns = torch.cat((self._columns, self._fresh), dim=1)
+            for row, _, _, ids in steps or ():
+                row.ids.extend(ids)
+
+    # -- what the cache is told ---------------------------------------------------------------------------------------
+
+    def select(self, places: Sequence[int]) -> None:
+        """The batch is now these of its sequences (beams reordered, repeated or dropped)."""
+        self.places = [self.places[place] for place in places]
+
+    def repeat(self, times: int) -> None:
+        """Every sequence of the batch is now there ``times`` times."""
+        self.places = [place for place in self.places for _ in range(times)]
+
+    def crop(self, tokens: int, unread: bool) -> None:
+        """The last ``tokens`` columns were removed."""
+        self._total = max(0, self._total - tokens)
+        self._columns = self._columns[:, : self._total]
+        for row, left in zip(self.rows, self._columns.sum(dim=1).tolist(), strict=True):
+            row.crop(max(0, len(row.ids) - left), unread)
+
+    def end_all(self, reason: str) -> None:
+        """Record nothing more in any row."""
+        for row in self.rows:
+            row.end(reason)
+
+    def stop(self, reason: str) -> None:
+        """Record nothing more, and nothing of the forward pass that is running."""
+        if self._steps is not None:
+            self._steps = []
+        self.end_all(reason)
+
+    def discard(self) -> None:
+        """Give all private blocks back."""
+        for row in self.rows:
+            row.end("the hit was dropped")
+            row.discard()
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """[rows, columns known]: which columns hold a token that was read."""
+        return self._columns

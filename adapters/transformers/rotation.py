@@ -1,0 +1,139 @@
+"""How one layer rotates its keys, by the model's own function and its own tables.
+
+Found once by the attach test. From then on it answers two questions: which keys, before rotation, does this
+``Cache.update`` stand for, and what are these stored keys at those positions. Both are exact: the first hands out the
+very tensor that the rotary function was given, the second calls that function again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvstore.adapters.transformers.capture import Call
+
+Slot = int | str  # of an argument: its place, or its name
+SMALLEST_TABLE = 512
+
+
+def get_argument(call_args: Sequence[Any], kwargs: dict[str, Any], slot: Slot) -> Any:
+    """The argument at ``slot``."""
+    return call_args[slot] if isinstance(slot, int) else kwargs[slot]
+
+
+def arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[Slot, Any]]:
+    """All arguments with their slots."""
+    return [*enumerate(args), *kwargs.items()]
+
+
+def replaced(
+    args: Sequence[Any], kwargs: dict[str, Any], changes: dict[Slot, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with those in ``changes`` exchanged."""
+    new_args = tuple(changes.get(place, value) for place, value in enumerate(args))
+    return new_args, {name: changes.get(name, value) for name, value in kwargs.items()}
+
+
+@dataclass(eq=False)
+class Table:
+    """Cosines and sines for positions from 0 on, as the model's rotary module gives them."""
+
+    module: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state_slot: Slot | None  # the argument that only says dtype and device
+    position_slot: Slot
+    _outputs: tuple[torch.Tensor, ...] = ()
+    _length: int = 0
+
+    def upto(self, length: int) -> tuple[torch.Tensor, ...]:
+        """The module's outputs, at least ``length`` positions long."""
+        outputs = self._outputs
+        if self._length < length:
+            length = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
+            outputs = self._outputs = self.at(torch.arange(length)[None])
+            self._length = length
+        return outputs
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The module's outputs for ``positions`` of shape [1, T]."""
+        like = get_argument(self.args, self.kwargs, self.position_slot)
+        changes: dict[Slot, Any] = {self.position_slot: positions.to(like.device, like.dtype)}
+        args, kwargs = replaced(self.args, self.kwargs, changes)
+        # Tables outlive this call, so they must not be inference tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(self.module(*args, **kwargs))
+
+
+@dataclass(eq=False)
+class Rotation:
+    """One layer's rotation. ``function`` None: the layer does not rotate (NoPE)."""
+
+    function: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    key_slot: Slot = 1
+    key_result: int | None = None  # None: the function returns the keys alone
+    query_slots: tuple[Slot, ...] = ()
+    angle_slots: tuple[tuple[Slot, int], ...] = ()  # (slot, which output of the table)
+    table: Table | None = None
+    transposed: bool = False  # the function sees [batch, tokens, heads, dim]
+    part: tuple[int, int] | None = None  # only these dims go through the function
+    empty_queries: bool = True  # the function takes queries of no heads
+
+    def originals(self, calls: list[Call], keys: torch.Tensor) -> torch.Tensor | None:
+        """What ``keys``, which ``Cache.update`` was given, were before rotation; None when no call made them."""
+        if self.function is None:
+            return keys
+        for call in reversed(calls):
+            if call.function is not self.function:
+                continue
+            source = get_argument(call.args, call.kwargs, self.key_slot)
+            made = call.result if self.key_result is None else call.result[self.key_result]
+            if self.transposed:
+                source, made = source.transpose(1, 2), made.transpose(1, 2)
+            if self.part is not None:
+                first, last = self.part
+                if made.shape[:-1] == keys.shape[:-1] and torch.equal(made, keys[..., first:last]):
+                    return torch.cat((keys[..., :first], source, keys[..., last:]), dim=-1)
+            elif made is keys or same_memory(made, keys):
+                return source  # type: ignore[no-any-return]
+        return None
+
+    def rotate(self, keys: torch.Tensor, start: int) -> torch.Tensor:
+        """``keys`` of shape [batch, heads, tokens, dim], as the model has them at ``start`` and after."""
+        if self.function is None or self.table is None:
+            return keys
+        stop = start + keys.shape[-2]
+        return self.rotate_with(keys, tuple(angle[..., start:stop, :] for angle in self.table.upto(stop)))
+
+    def rotate_with(self, keys: torch.Tensor, angles: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``keys`` turned by these outputs of the table."""
+        assert self.function is not None
+        turning = keys if self.part is None else keys[..., self.part[0] : self.part[1]]
+        given = turning.transpose(1, 2) if self.transposed else turning
+        changes: dict[Slot, Any] = {slot: angles[which] for slot, which in self.angle_slots}
+        # Queries are not wanted: none of their heads are given, which halves the work.
+        queries = given if not self.empty_queries else given.narrow(2 if self.transposed else 1, 0, 0)
+        changes |= dict.fromkeys(self.query_slots, queries)
+        changes[self.key_slot] = given
+        args, kwargs = replaced(self.args, self.kwargs, changes)
+        result = self.function(*args, **kwargs)
+        made: torch.Tensor = result if self.key_result is None else result[self.key_result]
+        made = made.transpose(1, 2) if self.transposed else made
+        if self.part is None:
+            return made
+        return torch.cat((keys[..., : self.part[0]], made, keys[..., self.part[1] :]), dim=-1)
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both name the same elements in the same order."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+    )

@@ -1,0 +1,152 @@
+"""``python -m kvstore.bench.micro``: every figure beside its limit, one table, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvstore.bench.micro import disk, host, index
+from kvstore.bench.micro.limits import Timing
+
+PARTS = ("host", "disk", "index", "ttft", "tpot")
+
+
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Where to put the files that are measured; a disk, not a tmpfs.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"Only these parts: {', '.join(PARTS)}.")] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats behind each median.")] = 9,
+    blocks: Annotated[int, typer.Option(help="Blocks in the index that is measured.")] = 1_000_000,
+) -> None:
+    """Measures the store against what the machine can do, both in turns, and prints ratios: 1.0 is the limit itself."""
+    parts = only or list(PARTS)
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise typer.BadParameter(f"unknown part {unknown[0]!r}; choose from {', '.join(PARTS)}")
+    results: dict[str, Any] = {"environment": environment()}
+    with tempfile.TemporaryDirectory(dir=folder or Path.cwd(), prefix=".micro-") as scratch, Progress() as progress:
+        task = progress.add_task("measuring", total=len(parts))
+        for part in parts:
+            progress.update(task, description=f"measuring {part}")
+            measure(part, Path(scratch), repeats, blocks, results)
+            progress.advance(task)
+    show(results)
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[str, Any]) -> None:
+    """Runs one part and files its figures under the names of the JSON."""
+    if part == "host":
+        for size in host.LAYOUTS:
+            for threads in (1, 2):
+                for name, timing in host.measure(size, threads, repeats).items():
+                    key = name if threads == 1 else f"{name}_{threads}_threads"
+                    moved = host.TOTAL * threads
+                    results.setdefault(size, {})[key] = figures(timing, moved)
+    elif part == "disk":
+        for size in host.LAYOUTS:
+            for name, timings in disk.measure(size, scratch, repeats).items():
+                # The better of one and four plain transfers in flight is the limit.
+                flight, timing = min(timings.items(), key=lambda item: item[1].ratio)
+                row = figures(timing, disk.TOTAL) | {"limit_in_flight": int(flight)}
+                results.setdefault(size, {})[name] = row
+    elif part == "index":
+        results |= index.measure(scratch, blocks)
+    else:
+        import torch
+
+        from kvstore.bench.micro import ttft
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        if part == "ttft":
+            results["ttft"] = ttft.measure(scratch, repeats)
+        else:
+            results["tpot"] = ttft.measure_tpot(scratch, pairs=max(repeats, 5))
+
+
+def figures(timing: Timing, moved: int) -> dict[str, float]:
+    """What the JSON says of one comparison that moved so many bytes."""
+    gigabytes = moved / 1e9
+    return {
+        "ratio": timing.ratio,
+        "spread": timing.spread,
+        "gb_per_second": gigabytes / timing.seconds,
+        "limit_gb_per_second": gigabytes / timing.limit,
+        "cpu_seconds_per_gb": timing.cpu / gigabytes,
+        "limit_cpu_seconds_per_gb": timing.limit_cpu / gigabytes,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, for whoever reads the figures later."""
+    model = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    packages = {name: version(name) for name in ("kvstore-llm", "lmdb", "msgpack", "xxhash")}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the tables."""
+    console = Console()
+    moves = Table("block", "what", "ratio to limit", "± spread", "GB/s", "CPU s/GB", "limit's CPU s/GB", title="Moves")
+    for size in host.LAYOUTS:
+        for name, row in results.get(size, {}).items():
+            cells = [f"{size} MiB", name.replace("_", " ")]
+            cells += [f"{row[key]:.3f}" for key in ("ratio", "spread")]
+            cells += [f"{row['gb_per_second']:.2f}"]
+            cells += [f"{row[key]:.3f}" for key in ("cpu_seconds_per_gb", "limit_cpu_seconds_per_gb")]
+            moves.add_row(*cells)
+    if moves.row_count:
+        console.print(moves)
+    single = Table("what", "value", title="Index and import")
+    for name in ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds"):
+        if name in results:
+            single.add_row(name.replace("_", " "), f"{results[name]:.6g}")
+    if single.row_count:
+        console.print(single)
+    if "ttft" in results:
+        first = Table("prompt", "recompute s", "host s", "cold disk s", "floor s", title="Time to the first token")
+        for length, row in results["ttft"].items():
+            first.add_row(length, *(f"{row[key]:.4f}" for key in ("recompute", "host", "disk_cold", "floor")))
+        console.print(first)
+    if "tpot" in results:
+        row = results["tpot"]
+        console.print(
+            f"recording and saving cost {row['overhead']:+.1%} of TPOT "
+            f"(quarters {row['low']:+.1%} to {row['high']:+.1%}; {row['pairs']} pairs, TPOT {row['tpot'] * 1e3:.0f} ms)"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

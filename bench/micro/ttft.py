@@ -1,0 +1,151 @@
+"""Time to the first token on a 12-layer, 1024-wide Llama: recompute, reuse from host and from cold disk, the floor.
+
+And what recording and saving in the background cost each generated token.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kvstore
+from kvstore.adapters.transformers import Reuse
+from kvstore.bench.micro.limits import copy, memory
+
+PROMPTS = (256, 1024, 4096, 8192)
+DECODE = 48  # tokens of one side of a TPOT pair
+
+
+def build_model(dtype: torch.dtype = torch.float32) -> Any:
+    """A seeded 12-layer, 1024-wide Llama with grouped queries."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=1 << 17,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def prompt(tokens: int) -> torch.Tensor:
+    """Token ids [1, tokens]."""
+    return torch.randint(0, 32_000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+@torch.inference_mode()
+def measure(folder: Path, repeats: int, lengths: tuple[int, ...] = PROMPTS) -> dict[str, dict[str, float]]:
+    """Seconds per prompt length: ``recompute``, ``host``, ``disk_cold``, ``floor``; medians."""
+    model = build_model()
+    result: dict[str, dict[str, float]] = {}
+    with kvstore.open(folder / "ttft", host="3GiB", disk="4GiB") as store:
+        reuse = Reuse(model, store)
+        for length in lengths:
+            ids = prompt(length)
+            hit = reuse.load(ids)
+            model(**hit.forward_inputs)
+            reuse.save(ids, hit.cache).wait()
+            times: dict[str, list[float]] = {"recompute": [], "host": [], "floor": []}
+            floor = _floor(model, length, reuse)
+            few = max(2, repeats // 2) if length > 2048 else repeats
+            for _ in range(few):
+                times["recompute"].append(_seconds(lambda ids=ids: _recompute(model, ids)))  # type: ignore[misc]
+                times["host"].append(_seconds(lambda ids=ids: _reuse(reuse, model, ids)))  # type: ignore[misc]
+                times["floor"].append(_seconds(floor))
+            result[str(length)] = {name: statistics.median(values) for name, values in times.items()}
+    for length in lengths:
+        cold = [_cold(folder / "ttft", model, prompt(length)) for _ in range(3)]
+        result[str(length)]["disk_cold"] = statistics.median(cold)
+    return result
+
+
+def _recompute(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+
+
+def _reuse(reuse: Reuse, model: Any, ids: torch.Tensor) -> None:
+    hit = reuse.load(ids)
+    assert hit.cached_tokens == ids.shape[1] - 1, f"only {hit.cached_tokens} tokens were cached: {hit.miss}"
+    model(**hit.forward_inputs, logits_to_keep=1)
+
+
+def _cold(folder: Path, model: Any, ids: torch.Tensor) -> float:
+    """A store that was just opened: nothing in its host tier, and its disk reads go past the page cache."""
+    with kvstore.open(folder, host="3GiB", disk="4GiB") as store:
+        reuse = Reuse(model, store)
+        seconds = _seconds(lambda: _reuse(reuse, model, ids))
+    return seconds
+
+
+def _floor(model: Any, length: int, reuse: Reuse) -> Callable[[], None]:
+    """memcpy of the cached bytes, then one token's forward pass behind as many: nothing can be faster."""
+    size = reuse.layout.token_payload * (length - 1)
+    source, target = memory(size), memory(size)
+    cache = DynamicCache(config=model.config)
+    _recompute_into(model, prompt(length)[:, :-1], cache)
+    last = prompt(length)[:, -1:]
+
+    def run() -> None:
+        copy(target, source, size)
+        model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)
+
+    return run
+
+
+def _recompute_into(model: Any, ids: torch.Tensor, cache: DynamicCache) -> None:
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+@torch.inference_mode()
+def measure_tpot(folder: Path, pairs: int, tokens: int = 1024) -> dict[str, float]:
+    """What recording and saving cost a generated token: ``overhead`` is the median over interleaved pairs.
+
+    One side decodes behind a prompt with the model's own cache; the other loads the prompt, records, and has the turn
+    before it written to disk meanwhile.
+    """
+    model = build_model()
+    ratios, plain_times = [], []
+    with kvstore.open(folder / "tpot", host="1GiB", disk="2GiB") as store:
+        reuse = Reuse(model, store)
+        for number in range(pairs + 1):
+            ids = torch.randint(0, 32_000, (1, tokens), generator=torch.Generator().manual_seed(number))
+            cache = DynamicCache(config=model.config)
+            plain = _decode(model, model(input_ids=ids, past_key_values=cache, use_cache=True), cache)
+            hit = reuse.load(ids)
+            out = model(**hit.forward_inputs)
+            recorded = _decode(model, out, hit.cache, lambda hit=hit, ids=ids: reuse.save(ids, hit.cache))  # type: ignore[misc]
+            if number:  # the first pair warms up
+                ratios.append(recorded / plain - 1)
+                plain_times.append(plain)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"overhead": middle, "low": low, "high": high, "tpot": statistics.median(plain_times), "pairs": pairs}
+
+
+def _decode(model: Any, out: Any, cache: Any, save: Callable[[], object] = lambda: None) -> float:
+    """Seconds per token of greedy decoding; ``save`` is called before, so that its writing runs meanwhile."""
+    save()
+    token = out.logits[:, -1:].argmax(-1)
+    begin = time.perf_counter()
+    for _ in range(DECODE):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    return (time.perf_counter() - begin) / DECODE

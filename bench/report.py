@@ -1,0 +1,118 @@
+"""What a person looks at after a replay: one table in the terminal, one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from rich.table import Table
+
+from kvstore.bench import plots
+from kvstore.bench.replay import Row
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PLOTS = (
+    (plots.ttft_by_length, "Time to first token by prompt length", "dots are turns, lines are running medians"),
+    (plots.tokens_over_turns, "Tokens computed and reused", "what the model had to read, and what the tiers gave back"),
+    (plots.ttft_distribution, "Time to first token, all turns", "the share of turns that had to wait no longer"),
+    (plots.waiting_by_conversation, "Waiting, by conversation", "what its user waited for first tokens, turn by turn"),
+)
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value / scale < 1000 else f"{value / scale:,.0f} {unit}"
+    return f"{value / 1e-6:.2f} µs" if value else "0"
+
+
+def size(value: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= scale:
+            return f"{value / scale:.1f} {unit}"
+    return f"{value} bytes"
+
+
+def html(result: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The whole page, with nothing in it that has to be fetched."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment.filters.update(seconds=seconds, size=size)
+    conversations = min(plots.MOST_CONVERSATIONS, result["conversations"])
+    drawings = []
+    for draw, title, note in PLOTS:
+        height = max(3.1, 0.6 + 0.3 * conversations) if draw is plots.waiting_by_conversation else 3.1
+        drawings.append({"title": title, "note": note, "svg": Markup(plots.drawn(draw, rows, height))})
+    ttft = result["ttft_seconds"]
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        result=result,
+        plots=drawings,
+        share=share(result),
+        speedup=speedup(ttft, "p50"),
+        order="in rounds over all conversations" if result["settings"]["interleave"] else "one after the other",
+        latencies=latencies(result),
+        facts=facts(result),
+    )
+
+
+def share(result: dict[str, Any]) -> float:
+    """The part of all prompt tokens that was reused."""
+    return float(result["cached_tokens"] / max(1, result["prompt_tokens"]))
+
+
+def speedup(measured: dict[str, Any], percentile: str) -> float:
+    """How many times faster reuse was."""
+    return float(measured["recompute"][percentile] / max(measured["reuse"][percentile], 1e-9))
+
+
+def latencies(result: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Every latency that was measured, by the name that people read."""
+    named = (("time to first token", "ttft_seconds"), ("time per output token", "tpot_seconds"))
+    listed = [(f"{title}, {arm}", result[key][arm]) for title, key in named for arm in ("recompute", "reuse")]
+    return [*listed, ("save, as the caller waits", result["save_seconds"])]
+
+
+def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Environment, settings and counters, flat."""
+    environment = dict(result["environment"])
+    versions = environment.pop("versions")
+    groups = (result["settings"], environment, versions, result["counters"])
+    return [(name.replace("_", " "), str(value)) for group in groups for name, value in group.items()]
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The one table of a replay, for the terminal."""
+    ttft, tpot = result["ttft_seconds"], result["tpot_seconds"]
+    shown = Table(title=f"{result['turns']} turns of {result['conversations']} conversations through {result['model']}")
+    for column, justify in (("", "left"), ("recompute", "right"), ("reuse", "right"), ("", "right")):
+        shown.add_column(column, justify="right" if justify == "right" else "left")
+    for title, measured, key in (
+        ("time to first token, p50", ttft, "p50"),
+        ("time to first token, p99", ttft, "p99"),
+        ("time to first token, total", ttft, "total"),
+        ("time per output token, p50", tpot, "p50"),
+        ("time per output token, p99", tpot, "p99"),
+    ):
+        one, other = seconds(measured["recompute"][key]), seconds(measured["reuse"][key])
+        if measured["recompute"][key]:  # one token a turn has no time per token
+            shown.add_row(title, one, other, f"{speedup(measured, key):.2f}×")
+    computed = result["prompt_tokens"] - result["cached_tokens"]
+    shown.add_row("prompt tokens computed", f"{result['prompt_tokens']:,}", f"{computed:,}", "", end_section=True)
+    for tier, tokens in result["tokens_by_tier"].items():
+        if tier not in result["bytes_by_tier"]:
+            continue  # a tier that this replay did not have
+        part = f"{100 * tokens / max(1, result['prompt_tokens']):.1f}%"
+        shown.add_row(f"tokens reused from {tier}", "", f"{tokens:,}", part)
+    for tier, held in result["bytes_by_tier"].items():
+        shown.add_row(f"bytes held on {tier}", "", size(held), "")
+    different, ties = result["tokens_different"], result["ties"]
+    verdict = "[green]equal[/]" if result["tokens_equal"] else f"[red]{different} differ[/]"
+    shown.add_section()
+    shown.add_row("output tokens", f"{result['tokens_compared']:,}", verdict, f"{ties} ties")
+    noise = f"noise {result['logit_noise']:.1e}"
+    shown.add_row("largest logit difference", "", f"{result['max_logit_difference']:.1e}", noise)
+    return shown

@@ -1,0 +1,98 @@
+"""What a replay showed, as one dictionary: the JSON that `kvstore replay --json` writes and the report draws."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvstore.bench.replay import Replay, Row
+
+LIBRARIES = ("kvstore-llm", "torch", "transformers", "lmdb", "xxhash", "msgpack", "numpy")
+
+
+def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, with the environment it was measured in."""
+    rows = replay.rows
+    stats = replay.store.stats()
+    return {
+        "log": log,
+        "model": replay.subject.name,
+        "settings": settings,
+        "conversations": len({row.conversation for row in rows}),
+        "turns": len(rows),
+        "prompt_tokens": sum(row.prompt_tokens for row in rows),
+        "cached_tokens": sum(row.cached_tokens for row in rows),
+        "tokens_by_tier": tokens_by_tier(rows),
+        **verdict(rows, replay.tokens),
+        "ttft_seconds": {
+            "recompute": spread(row.ttft_recompute for row in rows),
+            "reuse": spread(row.ttft_reuse for row in rows),
+        },
+        "tpot_seconds": {
+            "recompute": spread(row.tpot_recompute for row in rows),
+            "reuse": spread(row.tpot_reuse for row in rows),
+        },
+        "save_seconds": spread(row.save_seconds for row in rows),
+        "bytes_by_tier": {name: int(tier["bytes"]) for name, tier in stats["tiers"].items()},
+        "bytes_moved": moved(stats["counters"]),
+        "counters": dict(sorted(stats["counters"].items())),
+        "environment": environment(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def verdict(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
+    """Whether the outputs are equal. A token may differ where the two best logits are closer than the noise."""
+    noise = max((row.noise for row in rows if row.noise is not None), default=0.0)
+    gaps = [gap for row in rows for gap in row.gaps]
+    ties = sum(gap <= noise for gap in gaps)
+    return {
+        "tokens_equal": ties == len(gaps),
+        "tokens_compared": tokens * len(rows),
+        "tokens_different": len(gaps) - ties,
+        "ties": ties,
+        "max_logit_difference": max((row.logit_difference for row in rows), default=0.0),
+        "logit_noise": noise,
+    }
+
+
+def tokens_by_tier(rows: Iterable[Row]) -> dict[str, int]:
+    """Tokens that were not computed, by the tier that they came from."""
+    found: dict[str, int] = {}
+    for row in rows:
+        for tier, tokens in row.tokens_by_tier.items():
+            found[tier] = found.get(tier, 0) + tokens
+    return found
+
+
+def spread(seconds: Iterable[float]) -> dict[str, float]:
+    """Percentiles and the total of a number of measurements."""
+    listed = np.fromiter(seconds, dtype=np.float64)
+    if not listed.size:
+        return {"p50": 0.0, "p90": 0.0, "p99": 0.0, "mean": 0.0, "total": 0.0}
+    p50, p90, p99 = (float(one) for one in np.percentile(listed, (50, 90, 99)))
+    return {"p50": p50, "p90": p90, "p99": p99, "mean": float(listed.mean()), "total": float(listed.sum())}
+
+
+def moved(counters: dict[str, int]) -> dict[str, int]:
+    """The store's own counts of bytes that went between tiers."""
+    return {name: count for name, count in sorted(counters.items()) if "bytes" in name}
+
+
+def environment() -> dict[str, Any]:
+    """Where it was measured."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }

@@ -1,0 +1,83 @@
+"""Deletion that erases: blocks become invisible at once, and their bytes are destroyed, not just given back."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from kvstore.errors import BadInput, TierError
+from kvstore.mover import Mover, Priority
+from kvstore.residency import Residency
+
+log = logging.getLogger("kvstore")
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What ``forget`` erased. ``deferred`` blocks are invisible already; their bytes go when their last lease ends, or,
+    where the disk could not be written, with the next ``forget`` or ``close``."""
+
+    blocks: int
+    bytes: int
+    deferred: int
+
+
+class Eraser:
+    """One per store."""
+
+    def __init__(self, residency: Residency, mover: Mover) -> None:
+        self._residency = residency
+        self._mover = mover
+        residency.erase_soon = self._erase_soon
+
+    def forget(self, tenant: str | None, owner: str | None, older_than: float | None) -> Receipt:
+        """See ``Store.forget``."""
+        residency = self._residency
+        if tenant is None and owner is None and older_than is None:
+            raise BadInput("forget needs a tenant, an owner or an age: an empty call would erase everything")
+        blocks = size = deferred = 0
+        with residency.lock:
+            residency.check_open()
+            residency.settle()
+            index = residency.index
+            before = residency.wall() - older_than if older_than is not None else float("inf")
+            wanted = {
+                i
+                for i, kind in enumerate(index.kinds)
+                if (tenant is None or kind.tenant == tenant) and (owner is None or kind.owner == owner)
+            }
+            numbers = [n for n in index.numbers() if index.kind[n] in wanted and index.created[n] <= before]
+            for number in sorted(numbers, key=index.sequence.__getitem__, reverse=True):
+                if index.present(number):
+                    blocks += 1
+                    size += residency.payload(number)
+                    deferred += residency.doom(number, erase=True)
+        residency.counters.add("forgotten_blocks", blocks)
+        deferred += self.erase(always=True)  # slots of blocks that were evicted may hold such bytes, too
+        return Receipt(blocks, size, deferred)
+
+    def _erase_soon(self) -> None:
+        self._mover.submit(Priority.SAVE, (0,), self._job)
+
+    def _job(self) -> None:
+        self.erase()
+
+    def erase(self, always: bool = False) -> int:
+        """Destroys what is to be destroyed on disk; returns how many blocks it could not (at least one, if any)."""
+        residency = self._residency
+        with residency.lock:
+            doomed = residency.take_erasable()
+        if residency.disk is None or not (doomed or always):
+            return 0
+        try:
+            residency.disk.erase([d.disk for d in doomed])
+        except TierError as error:
+            log.warning("forgotten blocks are not yet erased from disk: %s", error)
+            residency.counters.add("failed_erases")
+            with residency.lock:
+                residency.not_erased(doomed)
+            return max(len(doomed), 1)
+        with residency.lock:
+            for d in doomed:
+                residency.disk.free(d.disk)
+        return 0

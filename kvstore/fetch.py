@@ -1,0 +1,85 @@
+"""One block on its way from disk to a host slot, and those who wait for its layers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from kvstore.block import Header
+from kvstore.residency import Resident
+
+PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size
+
+
+class Fetch:
+    """One block on its way from disk to a host slot; one fetch serves all who wait for the block."""
+
+    def __init__(self, number: int, resident: Resident, view: memoryview, address: int, header_bytes: int) -> None:
+        self.number = number
+        self.resident = resident
+        self.view = view
+        self.address = address
+        self.layout = resident.layout
+        self.offsets = self.layout.layer_offsets(resident.stride)
+        self.header_bytes = header_bytes
+        self.parts = _parts(self.offsets)
+        # Guarded by the store's lock: the header once it is there, and the tokens that loads expect the block to start
+        # with.
+        self.header: Header | None = None
+        self.promised: list[bytes] = []
+        self.progress = threading.Condition()  # guards the fields below
+        self.ready = 0  # layers that are in memory and verified, as bits
+        self.failed = False
+        self.cancelled = False  # failed, but nothing is wrong with the block
+        self._left = len(self.parts)  # parts that are not over
+
+    def wait(self, layer: int, deadline: float) -> bool:
+        """Until the layer is there (True), the fetch has failed, or the deadline (monotonic) has passed (False)."""
+        bit = 1 << layer
+        with self.progress:
+            while not self.ready & bit and not self.failed:
+                if not self.progress.wait(max(deadline - time.monotonic(), 0)):
+                    return bool(self.ready & bit)
+            return bool(self.ready & bit)
+
+    def wait_all(self, deadline: float) -> bool:
+        """``wait`` for every layer."""
+        return all(self.wait(first, deadline) for first, _ in self.parts)
+
+    def arrive(self, first: int, last: int) -> None:
+        """Layers ``first`` to ``last - 1`` are in memory and verified."""
+        with self.progress:
+            self.ready |= (1 << last) - (1 << first)
+            self.progress.notify_all()
+
+    def fail(self) -> bool:
+        """The rest will not come; True the first time."""
+        with self.progress:
+            first, self.failed = not self.failed, True
+            self.progress.notify_all()
+        return first
+
+    def cancel(self) -> None:
+        """``fail``, for no fault of the block's."""
+        with self.progress:
+            self.cancelled = self.cancelled or not self.failed
+            self.failed = True
+            self.progress.notify_all()
+
+    def part_over(self) -> bool:
+        """One part is done with, well or not; True for the last."""
+        with self.progress:
+            self._left -= 1
+            return self._left == 0
+
+
+def _parts(offsets: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of layers (first, last + 1) of about ``PART_BYTES``."""
+    bounds: list[tuple[int, int]] = []
+    first = 0
+    for layer in range(1, len(offsets)):
+        if offsets[layer] - offsets[first] >= PART_BYTES or layer == len(offsets) - 1:
+            bounds.append((first, layer))
+            first = layer
+    return bounds

@@ -1,0 +1,150 @@
+"""The report: one file that fetches nothing, with plots that take the page's colours, and a table for the terminal."""
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kvstore.bench import plots, report, summary
+from kvstore.bench.replay import Row
+
+FETCHED = re.compile(r"""https?:|//[a-z]|\bsrc\s*=|<link|<script|@import|url\((?!#)|href="(?!#)""", re.IGNORECASE)
+
+
+def rows(count: int, name: str = "chat") -> list[Row]:
+    return [
+        Row(
+            conversation=f"{name} {place % 3}",
+            turn=place // 3 + 1,
+            prompt_tokens=100 * (place + 1),
+            cached_tokens=90 * place,
+            tokens_by_tier={"host": 60 * place, "disk": 30 * place},
+            ttft_recompute=0.01 * (place + 1),
+            ttft_reuse=0.002 + 0.0001 * place,
+            tpot_recompute=0.002,
+            tpot_reuse=0.0021,
+            save_seconds=0.0005,
+            logit_difference=1e-6,
+            gaps=(),
+            noise=2e-6,
+        )
+        for place in range(count)
+    ]
+
+
+def result(measured: list[Row], **changed: Any) -> dict[str, Any]:
+    found = {
+        "log": "chats.json",
+        "model": "tiny",
+        "settings": {"host": "1GiB", "interleave": False},
+        "conversations": len({row.conversation for row in measured}),
+        "turns": len(measured),
+        "prompt_tokens": sum(row.prompt_tokens for row in measured),
+        "cached_tokens": sum(row.cached_tokens for row in measured),
+        "tokens_by_tier": summary.tokens_by_tier(measured),
+        **summary.verdict(measured, 8),
+        "ttft_seconds": {arm: summary.spread(getattr(row, f"ttft_{arm}") for row in measured) for arm in ARMS},
+        "tpot_seconds": {arm: summary.spread(getattr(row, f"tpot_{arm}") for row in measured) for arm in ARMS},
+        "save_seconds": summary.spread(row.save_seconds for row in measured),
+        "bytes_by_tier": {"host": 5 << 20, "disk": 1 << 30},
+        "counters": {"saved_tokens": 5},
+        "environment": summary.environment(),
+        "rows": [vars(row) for row in measured],
+    }
+    return found | changed
+
+
+ARMS = ("recompute", "reuse")
+
+
+class Balanced(HTMLParser):
+    """Notes the elements that are open, and complains of one that closes another."""
+
+    VOID = ("meta", "br", "hr", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_the_page_needs_nothing_but_itself(count: int) -> None:
+    measured = rows(count)
+    page = report.html(result(measured), measured)
+    assert FETCHED.findall(page) == []
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert f"{count} turns of" in parser.text and "equal" in parser.text
+    assert len(re.findall("<svg", page)) == 4
+
+
+def test_the_detector_of_fetches_finds_them() -> None:
+    planted = ['<img src="x">', "<a href='https://x'>", "@import 'x'", "url(x.png)", '<link rel="x">', 'href="/x"']
+    assert [one for one in planted if not FETCHED.search(one)] == []
+
+
+def test_plots_take_their_colours_from_the_page() -> None:
+    measured = rows(12)
+    drawings = [plots.drawn(draw, measured) for draw, _, _ in report.PLOTS]
+    ids = [one for svg in drawings for one in re.findall(r'\bid="([^"]*)"', svg)]
+    assert len(ids) == len(set(ids))
+    for svg in drawings:
+        ET.fromstring(svg.replace("xlink:href", "href"))
+        assert "var(--recompute)" in svg
+        assert not any(colour in svg for colour in plots.PALETTE.values())
+        assert set(re.findall(r"var\(--(\w+)\)", svg)) <= plots.PALETTE.keys()
+        referred = set(re.findall(r'(?:xlink:href="|url\()#([^")]*)', svg))
+        assert referred <= set(re.findall(r'\bid="([^"]*)"', svg))
+
+
+def test_plots_are_the_same_in_every_run() -> None:
+    measured = rows(12)
+    assert plots.drawn(plots.ttft_by_length, measured) == plots.drawn(plots.ttft_by_length, measured)
+
+
+def test_names_from_the_log_are_only_names() -> None:
+    measured = rows(6, name="<script>alert(1)</script> $\\frac{ & " + "x" * 60)
+    page = report.html(result(measured, log="<b>log</b>"), measured)
+    assert "<script" not in page and "<b>" not in page
+
+
+def test_what_is_wrong_is_said() -> None:
+    measured = rows(6)
+    page = report.html(result(measured, tokens_equal=False, tokens_different=3), measured)
+    assert "differ</p>" in page and "3 differ" in page
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(report.table(result(measured, tokens_equal=False, tokens_different=3)))
+    assert "3 differ" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_shows_the_tiers_that_there_are() -> None:
+    measured = rows(6)
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(report.table(result(measured)))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("6 turns of 3 conversations through tiny", "from host", "from disk", "1.0 GiB", "equal", "0 ties"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (2.5e-7, "0.25 µs"), (0.0123, "12.3 ms"), (3.0, "3 s"), (4000.0, "4,000 s")]
+)
+def test_times_are_in_a_unit_that_suits_them(value: float, text: str) -> None:
+    assert report.seconds(value) == text
