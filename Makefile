@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@mkdir -p out && rm -rf out/demo-cache
-	@$(BIN)/kvstore replay bench/data/demo.json --interleave --host 8MiB --dir out/demo-cache --json out/demo.json --report out/demo.html
+	@$(BIN)/kvstore replay bench/data/demo.json --interleave --host 12MiB --dir out/demo-cache --json out/demo.json --report out/demo.html
 
 test: $(STAMP)
 	@$(BIN)/pytest

@@ -71,9 +71,9 @@ def speedup(measured: dict[str, Any], percentile: str) -> float:
 
 def latencies(result: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Every latency that was measured, by the name that people read."""
-    named = (("time to first token", "ttft_seconds"), ("time per output token", "tpot_seconds"))
+    named = (("first token", "ttft_seconds"), ("next tokens", "tpot_seconds"))
     listed = [(f"{title}, {arm}", result[key][arm]) for title, key in named for arm in ("recompute", "reuse")]
-    return [*listed, ("save, as the caller waits", result["save_seconds"])]
+    return [*listed, ("save call", result["save_seconds"])]
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -103,12 +103,13 @@ def table(result: dict[str, Any]) -> Table:
     computed = result["prompt_tokens"] - result["cached_tokens"]
     shown.add_row("prompt tokens computed", f"{result['prompt_tokens']:,}", f"{computed:,}", "", end_section=True)
     for tier, tokens in result["tokens_by_tier"].items():
-        if tier not in result["bytes_by_tier"]:
+        if tier not in result["bytes_held_by_tier"]:
             continue  # a tier that this replay did not have
         part = f"{100 * tokens / max(1, result['prompt_tokens']):.1f}%"
         shown.add_row(f"tokens reused from {tier}", "", f"{tokens:,}", part)
-    for tier, held in result["bytes_by_tier"].items():
-        shown.add_row(f"bytes held on {tier}", "", size(held), "")
+    for tier, held in result["bytes_held_by_tier"].items():
+        given = size(result["bytes_by_tier"].get(tier, 0))
+        shown.add_row(f"bytes given back by {tier}, held at the end", "", given, size(held))
     different, ties = result["tokens_different"], result["ties"]
     verdict = "[green]equal[/]" if result["tokens_equal"] else f"[red]{different} differ[/]"
     shown.add_section()

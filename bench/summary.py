@@ -18,9 +18,13 @@ LIBRARIES = ("kvstore-llm", "torch", "transformers", "lmdb", "xxhash", "msgpack"
 
 
 def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, with the environment it was measured in."""
+    """Everything that was measured, with the environment it was measured in.
+
+    `bytes_by_tier` are those that a tier gave back to the model, `bytes_held_by_tier` those that it holds at the end.
+    """
     rows = replay.rows
     stats = replay.store.stats()
+    token_bytes = replay.reuse.layout.token_payload
     return {
         "log": log,
         "model": replay.subject.name,
@@ -40,8 +44,8 @@ def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, A
             "reuse": spread(row.tpot_reuse for row in rows),
         },
         "save_seconds": spread(row.save_seconds for row in rows),
-        "bytes_by_tier": {name: int(tier["bytes"]) for name, tier in stats["tiers"].items()},
-        "bytes_moved": moved(stats["counters"]),
+        "bytes_by_tier": {tier: tokens * token_bytes for tier, tokens in tokens_by_tier(rows).items()},
+        "bytes_held_by_tier": {name: int(tier["bytes"]) for name, tier in stats["tiers"].items()},
         "counters": dict(sorted(stats["counters"].items())),
         "environment": environment(),
         "rows": [asdict(row) for row in rows],
@@ -79,11 +83,6 @@ def spread(seconds: Iterable[float]) -> dict[str, float]:
         return {"p50": 0.0, "p90": 0.0, "p99": 0.0, "mean": 0.0, "total": 0.0}
     p50, p90, p99 = (float(one) for one in np.percentile(listed, (50, 90, 99)))
     return {"p50": p50, "p90": p90, "p99": p99, "mean": float(listed.mean()), "total": float(listed.sum())}
-
-
-def moved(counters: dict[str, int]) -> dict[str, int]:
-    """The store's own counts of bytes that went between tiers."""
-    return {name: count for name, count in sorted(counters.items()) if "bytes" in name}
 
 
 def environment() -> dict[str, Any]:

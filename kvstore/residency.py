@@ -200,7 +200,8 @@ class Residency:
         for entry in lost:
             disk.forget([entry.sequence])
             disk.free(entry.address)
-        self.counters.add("unreachable_blocks", len(lost))
+        if lost:
+            self.counters.add("unreachable_blocks", len(lost))
         last = max(max(index.sequence, default=0), max((entry.sequence for entry in lost), default=0))
         self.sequences = counter(last + 1)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from kvstore.block import Header, address_of, checksums, encode_header
 from kvstore.errors import TierError
 from kvstore.families import NONE
+from kvstore.layout import Layout
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
 from kvstore.room import reserve_disk
@@ -123,6 +124,7 @@ class Writer:
         sealed = replace(header, checksums=known or checksums(layout, header.stride, payload))
         data = encode_header(sealed)
         slot[: len(data)] = data
+        _blank(slot, layout, header.stride, len(data))
         assert residency.disk is not None
         try:
             residency.disk.write(address, slot)
@@ -256,3 +258,13 @@ class Writer:
                 if (left is not None and left <= 0) or not residency.changed.wait(left):
                     return not self._queued
         return True
+
+
+def _blank(slot: memoryview, layout: Layout, stride: int, used: int) -> None:
+    """Zeroes what lies between the pieces: a slot is recycled, and another's tokens must not go to disk with this."""
+    slot[used : layout.header_bytes] = bytes(layout.header_bytes - used)
+    offsets = layout.layer_offsets(stride)
+    for layer in range(len(layout.layers)):
+        end = offsets[layer] + layout.key_bytes(layer, stride) + layout.value_bytes(layer, stride)
+        if gap := offsets[layer + 1] - end:
+            slot[layout.header_bytes + end :][:gap] = bytes(gap)

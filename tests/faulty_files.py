@@ -10,10 +10,15 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvstore.files import Handle, OsFiles, Space
 
 SECTOR = 512
+
+
+class PowerLoss(BaseException):
+    """The machine is off: nothing that would catch an error may go on."""
 
 
 @dataclass
@@ -28,7 +33,8 @@ class Undo:
 class FaultyFiles(OsFiles):
     """``OsFiles`` whose calls are counted and can fail.
 
-    ``fail_at``: number of the call that fails (the first is 1), with ``code``, once or (``forever``) from then on.
+    ``fail_at``: number of the call that fails (the first is 1), with ``code``, once or (``forever``) from then on;
+    without a code the power goes at that call (``PowerLoss``), for good.
     ``short``: each transfer moves half of what is asked, again and again. ``rot``: called with each buffer that was
     read. ``stolen``: bytes that others took from the filesystem. ``skew`` is added to both clocks.
     """
@@ -38,13 +44,14 @@ class FaultyFiles(OsFiles):
         self.calls = 0
         self.log: list[str] = []
         self.fail_at: int | None = None
-        self.code = errno.EIO
+        self.code: int | None = errno.EIO
         self.forever = False
         self.short = False
         self.stolen = 0
         self.skew = 0.0
         self.rot: Callable[[Handle, memoryview, int], None] | None = None
         self._guard = threading.RLock()
+        self._handles: set[Handle] = set()
         self._unsynced: dict[str, list[Undo]] = {}
         self._names: list[tuple[str, Callable[[], None]]] = []  # folder, and how to take the change of a name back
 
@@ -55,7 +62,9 @@ class FaultyFiles(OsFiles):
             self.calls += 1
             self.log.append(f"{name} {os.path.basename(path)}")
             n = self.fail_at
-            if n is not None and (self.calls == n or (self.forever and self.calls > n)):
+            if n is not None and (self.calls == n or (self.calls > n and (self.forever or self.code is None))):
+                if self.code is None:
+                    raise PowerLoss
                 raise OSError(self.code, os.strerror(self.code), path)
 
     def heal(self) -> None:
@@ -71,6 +80,11 @@ class FaultyFiles(OsFiles):
     def _less(self, data: memoryview) -> memoryview:
         half = len(data) // 2 // SECTOR * SECTOR
         return data[:half] if self.short and half else data
+
+    def let_go(self) -> None:
+        """Closes what is still open, as the end of a process does."""
+        for handle in list(self._handles):
+            super().close(handle)
 
     # --- what a loss of power would take back
 
@@ -99,10 +113,16 @@ class FaultyFiles(OsFiles):
 
     # --- the port
 
+    def close(self, handle: Handle) -> None:
+        """See ``OsFiles``. Never fails."""
+        super().close(handle)
+        self._handles.discard(handle)
+
     def open(self, path: str, *, create: bool = False, direct: bool = False) -> Handle:
         """See ``OsFiles``."""
         self._call("open", path)
         handle = super().open(path, create=create, direct=direct)
+        self._handles.add(handle)
         if create:
             self._renamed(os.path.dirname(path), lambda: _drop(path))
         return handle
@@ -121,7 +141,7 @@ class FaultyFiles(OsFiles):
             self._remember(handle.path, offset, len(data))
             try:
                 self._call("write", handle.path)
-            except OSError:
+            except (OSError, PowerLoss):
                 if half := len(data) // 2 // SECTOR * SECTOR:
                     super().write(handle, data[:half], offset)
                 raise
@@ -181,8 +201,7 @@ class FaultyFiles(OsFiles):
         """See ``OsFiles``."""
         self._call("remove", path)
         if os.path.isfile(path):
-            with open(path, "rb") as file:
-                data = file.read()
+            data = Path(path).read_bytes()
             super().remove(path)
             self._renamed(os.path.dirname(path), lambda: _put_back(path, data))
         else:
@@ -192,7 +211,7 @@ class FaultyFiles(OsFiles):
     def rename(self, old: str, new: str) -> None:
         """See ``OsFiles``."""
         self._call("rename", new)
-        covered = open(new, "rb").read() if os.path.isfile(new) else None
+        covered = Path(new).read_bytes() if os.path.isfile(new) else None
         super().rename(old, new)
 
         def undo() -> None:
@@ -211,7 +230,9 @@ class FaultyFiles(OsFiles):
     def lock(self, path: str) -> Handle:
         """See ``OsFiles``."""
         self._call("lock", path)
-        return super().lock(path)
+        handle = super().lock(path)
+        self._handles.add(handle)
+        return handle
 
     def space(self, path: str) -> Space:
         """See ``OsFiles``."""

@@ -48,6 +48,22 @@ def second_turn(model: Any, reuse: Any, ids: torch.Tensor, seed: int) -> tuple[i
     return hit.cached_tokens, logits, tokens
 
 
+def attach(family: str, store: Any, **options: Any) -> tuple[Any, Any]:
+    """A model of a family, joined to a store in small blocks."""
+    model = build(family)
+    return model, Reuse(model, store, block_tokens=BLOCK, **options)
+
+
+def stored_prompt(model: Any, reuse: Any, tokens: int, seed: int) -> torch.Tensor:
+    """A prompt whose keys and values are in the store."""
+    ids = prompt(tokens, seed)
+    hit = reuse.load(ids)
+    with torch.no_grad():
+        model(**hit.forward_inputs)
+    reuse.save(ids, hit.cache)
+    return ids
+
+
 def main(folder: str, results: str) -> None:
     """All cases from what another process has stored in ``folder``."""
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from kvstore.keys import Fingerprint, Namespace, block_key, token_bytes
 from kvstore.layout import LayerShape, Layout
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.lmdb_catalog import LmdbCatalog
 
 LAYOUT = Layout((LayerShape(2, 16, 8), LayerShape(1, 8, 16)), "float32", block_tokens=16)
 OTHER = Layout((LayerShape(1, 64, 64),) * 3, "bfloat16", block_tokens=32)
@@ -130,7 +131,7 @@ def fetch(tier: Tier, address: int, layout: Layout = LAYOUT, stride: int | None 
 def abandon(tier: DiskTier) -> None:
     """What the death of the process does to a tier: nothing is written any more, all is let go."""
     catalog = tier._catalog
-    if hasattr(catalog, "_env"):
+    if isinstance(catalog, LmdbCatalog):
         catalog._view.abort()
         catalog._env.close()
     for file in tier._extents._open.values():

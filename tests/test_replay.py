@@ -84,6 +84,17 @@ def test_hits_are_token_exact_and_outputs_equal(
     assert one_copy <= held <= 1.1 * one_copy
 
 
+def test_scarce_memory_costs_hits_and_changes_nothing(tmp_path: Path, subject: Subject) -> None:
+    """Memory for a few blocks: saves end early, loads are cut, the disk serves; the outputs stay what they are."""
+    with kvstore.open(tmp_path / "cache", host="1MiB", disk="256MiB") as store:
+        result = summary.summarize(replayed(subject, store, logs.read(DEMO), interleave=True), "demo", {})
+        assert store.stats()["leases"] == 0
+    assert result["tokens_equal"] and result["max_logit_difference"] < 20 * result["logit_noise"]
+    assert result["counters"]["host_full"] > 0 and result["counters"]["host_evicted_blocks"] > 0
+    assert result["tokens_by_tier"]["disk"] > 0
+    assert sum(result["tokens_by_tier"].values()) == result["cached_tokens"]
+
+
 def test_all_formats_of_prompts_replay(tmp_path: Path, subject: Subject, seed: int) -> None:
     """Ids instead of text, and a session that comes back after the store was closed."""
     generator = torch.Generator().manual_seed(seed)

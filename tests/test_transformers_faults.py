@@ -174,6 +174,27 @@ def test_no_memory_for_recording_ends_the_save_early(seed: int) -> None:
         assert store.stats()["drafts"] == 0
 
 
+def test_memory_that_ends_behind_the_tail_leaves_a_whole_tail(seed: int) -> None:
+    """The block that continues what was loaded begins with the loaded originals, whatever happens behind it."""
+    model = large_heads()
+    ids = prompt(700, seed)
+    with kvstore.open(host="16MiB") as store:
+        reuse = Reuse(model, store)
+        reuse.generate(ids[:, :100], max_new_tokens=1, do_sample=False)
+        hit = reuse.load(ids)
+        assert hit.cached_tokens == 100
+        with torch.no_grad():
+            model(**hit.forward_inputs)
+        assert "memory" in str(hit.cache.recorder.rows[0].ended)
+        assert reuse.save(ids, hit.cache).tokens == 256
+        del hit
+        again = reuse.load(ids[:, :270])
+        assert again.cached_tokens == 256
+        with torch.no_grad():
+            got, expected = model(**again.forward_inputs).logits, model(ids[:, :270]).logits[:, 256:]
+        assert torch.allclose(got, expected, atol=1e-3)
+
+
 def test_an_interrupted_forward_pass_is_not_recorded(store: Store, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)

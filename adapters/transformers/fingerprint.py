@@ -35,7 +35,8 @@ def fingerprint(model: Any, store: Any) -> Fingerprint:
         {
             "format": FORMAT,
             "architecture": str(config.model_type),
-            "config": _digest({k: v for k, v in config.to_dict().items() if not VOLATILE.match(k)}),
+            # What differs from the defaults only, so that a new version with new fields is no other model.
+            "config": _digest({k: v for k, v in config.to_diff_dict().items() if not VOLATILE.match(k)}),
             "weights": _weights(base, weights, store),
             "dtype": " ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
             "quantization": _digest(_plain(getattr(base.config, "quantization_config", None))),
@@ -71,9 +72,9 @@ def _weights(base: Any, weights: dict[str, torch.Tensor], store: Any) -> str:
     files = _files(base)
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     try:
-        if files and (size > DIGEST_BYTES or not checkpoint.same_dtypes(files, weights)):
-            if checkpoint.holds(files, weights):
-                return checkpoint.files_digest(files, store)
+        by_files = bool(files) and (size > DIGEST_BYTES or not checkpoint.same_dtypes(files, weights))
+        if by_files and checkpoint.holds(files, weights):
+            return checkpoint.files_digest(files, store)
     except (OSError, ValueError, KeyError):
         pass  # files that cannot be read say nothing
     return checkpoint.memory_digest(weights)

@@ -248,7 +248,8 @@ class Reuse:
         )
         cache = ReuseCache(self, loaded, recorder, attached.specs, attached.dtype, plan, stamp, tenant)
         single = prompts.single
-        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
+        served = _trimmed(tiers, sum(tokens))
+        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, served, plan)
 
     def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
         attached, store, layout = self._attached, self.store, self.layout
@@ -275,6 +276,14 @@ class Reuse:
 
     def _generation_config(self) -> Any:
         return getattr(self._base, "generation_config", None)
+
+
+def _trimmed(tiers: dict[str, int], tokens: int) -> dict[str, int]:
+    """Tokens by tier when only ``tokens`` of them are used: what comes last is not, and it lies deepest."""
+    served = dict(tiers)
+    for tier in reversed(list(served)):
+        served[tier] = max(0, min(served[tier], tokens - sum(served.values()) + served[tier]))
+    return served
 
 
 WRITER = f"transformers/{torch.__version__}"[:64]

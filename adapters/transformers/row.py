@@ -86,7 +86,7 @@ class Row:
 
     @property
     def wants_seed(self) -> bool:
-        """Whether a block that begins with ``tail`` is being written, or may yet be: also where memory ended after it."""
+        """Whether a block that begins with ``tail`` is being written, or may be: it is when memory ended behind it."""
         return self.ended is None or self.tail()[0] in self._blocks
 
     def seed(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:

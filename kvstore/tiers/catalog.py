@@ -50,8 +50,8 @@ class Catalog(Protocol):
     def size(self) -> int:
         """Bytes that it takes on the medium."""
 
-    def room(self, forgotten: int) -> bool:
-        """Whether one more block fits when ``forgotten`` of those that it has are going."""
+    def room(self, blocks: int) -> bool:
+        """Whether it can hold so many blocks altogether, as far as it can tell."""
 
     def snapshot(self) -> Snapshot:
         """All blocks as they are now."""
@@ -121,7 +121,7 @@ class MemoryCatalog:
         """Nothing: it takes no room on the medium."""
         return 0
 
-    def room(self, forgotten: int) -> bool:
+    def room(self, blocks: int) -> bool:
         """Always."""
         return True
 

@@ -54,6 +54,7 @@ class DiskTier:
         self._files = files
         self._lock = threading.Lock()  # guards the slab against `erase`, which the store's lock does not hold back
         self._committing = threading.RLock()
+        self._taken = 0  # slots in use: as many blocks are in the index, or will be
         self._closed = False
         self._pid = os.getpid()
         self._refused = files.monotonic() - BACK_OFF_SECONDS
@@ -89,8 +90,8 @@ class DiskTier:
         for extent in found:
             self._slab.adopt(extent)
         self._stale = {extent.number for extent in found}  # extents whose free slots may hold old bytes
-        for name in self._extents.damaged:
-            self._note(f"{name} was torn or cut; what it held is lost")
+        if self._extents.damaged:  # a loss only if blocks were in them, which `load` sees
+            log.warning("%s: torn or cut: %s", folder.data, ", ".join(self._extents.damaged))
         if self._extents.foreign:
             log.warning("%s holds %d bytes that are not ours; they count", folder.data, self._extents.foreign)
         if network:
@@ -122,9 +123,11 @@ class DiskTier:
                 if extent is not None and not extent.live:
                     self._slab.drop(extent)
                     self._refused = self._files.monotonic()
-            if not self._catalog.room(self._pending.going):
+            if not self._catalog.room(self._taken + 1):
                 return None
-            return self._slab.allocate(_whole(slot_bytes))
+            address = self._slab.allocate(_whole(slot_bytes))
+            self._taken += address is not None
+            return address
 
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """See ``Tier``."""
@@ -138,6 +141,7 @@ class DiskTier:
         """See ``Tier``. What lay there must have been forgotten before."""
         with self._lock:
             self._slab.free(address)
+            self._taken -= 1
             self._pending.free(address)
             self._stale.add(address >> SLOT_BITS)
 
@@ -256,8 +260,11 @@ class DiskTier:
         for extent in gone:
             self._slab.drop(extent)
         lost = inventory.claim(self._slab, snapshot)
+        self._taken = len(snapshot.addresses()) - len(lost)
+        if lost and not gone:
+            self._note(f"{len(lost)} blocks are lost: their extents are not there or damaged")
         if lost or gone:
-            log.warning("%s: %d blocks dropped, %d extents given back", self._folder.data, len(lost), len(gone))
+            log.info("%s: %d extents given back, for the budget is smaller now", self._folder.data, len(gone))
             self.forget(lost)
             with _translated():
                 self._apply(())

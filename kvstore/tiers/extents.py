@@ -13,7 +13,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -221,14 +221,15 @@ class Extents:
             self._clear()
 
     def close(self) -> None:
-        """Closes all files, and removes those that were given up."""
+        """Closes all files, and removes those that were given up, if that works: the next start sees what is left."""
         with self._making:
             with self._lock:
                 for file in self._open.values():
                     file.doomed = True
                 self._closing += [file.handle for file in self._open.values() if not file.users]
                 self._open.clear()
-            self._clear()
+            with suppress(OSError):
+                self._clear()
 
     def _path(self, number: int) -> str:
         return os.path.join(self._folder, f"extent-{number:06d}.slab")

@@ -85,7 +85,7 @@ class Folder:
             ) from error
         try:
             self._sweep()
-        except OSError:
+        except BaseException:
             self._files.close(lock)
             raise
         return lock

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
@@ -38,6 +38,10 @@ _KEY = struct.Struct(">Q")
 _NAME_KEY = struct.Struct(">I")
 _FULL = 0.85  # of the map for blocks; the rest is for the pages that a change copies
 _BATCH = 4096
+
+
+class Full(TierError):
+    """The map has no room for a change."""
 
 
 class LmdbCatalog:
@@ -86,21 +90,21 @@ class LmdbCatalog:
 
     def _weigh(self) -> None:
         """Pages in use, for ``room``."""
-        stats = [self._view.stat(db) for db in (self._records, self._tokens, self._named, self._memos)]
+        stats = [self._view.stat(db) for db in self._tables.values()]
         self._count = stats[0]["entries"]
         pages = sum(s["branch_pages"] + s["leaf_pages"] + s["overflow_pages"] for s in stats)
-        self._each = max(256.0, pages * PAGE / self._count if self._count >= 64 else 2048.0)
-        self._size = (self._env.info()["last_pgno"] + 1) * PAGE
-        self._fill = pages * PAGE
+        page = stats[0]["psize"]
+        self._each = max(64.0, pages * page / self._count) if self._count >= 64 else 2048.0
+        self._size = (self._env.info()["last_pgno"] + 1) * page
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
         return int(self._size)
 
-    def room(self, forgotten: int) -> bool:
-        """See ``Catalog``. An estimate: what a block takes on the average."""
-        return self._fill + (1 - forgotten) * self._each <= _FULL * self._map
+    def room(self, blocks: int) -> bool:
+        """See ``Catalog``. Goes by what a block takes on the average."""
+        return blocks * self._each <= _FULL * self._map
 
     def snapshot(self) -> RecordSnapshot:
         """See ``Catalog``."""
@@ -131,18 +135,33 @@ class LmdbCatalog:
         if not change:
             return
         with self._writing:
-            fresh: dict[Name, int] = {}
+            try:
+                self._write(change)
+            except Full:
+                # LMDB needs fresh pages even to delete. A fresh file without what is forgotten has them.
+                if not change.forgotten:
+                    raise
+                self._move(frozenset(change.forgotten))
+                self._write(change)
+            with self._reading:
+                self._view.abort()
+                self._view = self._env.begin()
+                self._weigh()
+
+    def _write(self, change: Change) -> None:
+        fresh: dict[Name, int] = {}
+        try:
             with _translated(), self._env.begin(write=True) as txn:
                 self._remove(txn, change)
                 self._add(txn, change, fresh)
                 for name, value in change.memos.items():
                     txn.put(_memo_key(name), sealed(value.encode()), db=self._memos)
-            self._numbers.update(fresh)
-            self._names.update({number: name for name, number in fresh.items()})
-            with self._reading:
-                self._view.abort()
-                self._view = self._env.begin()
-                self._weigh()
+        except Full:
+            if change.added:  # one block less must be in before another fits
+                self._each = max(self._each, _FULL * self._map / (self._count + 0.5))
+            raise
+        self._numbers.update(fresh)
+        self._names.update({number: name for name, number in fresh.items()})
 
     def _remove(self, txn: lmdb.Transaction, change: Change) -> None:
         for sequence in change.forgotten:
@@ -189,13 +208,17 @@ class LmdbCatalog:
         return {name: number for number, name in names.items()}, names
 
     def rewrite(self) -> None:
-        """See ``Catalog``: copies record by record, so that no page comes along that holds what was forgotten."""
+        """See ``Catalog``."""
+        self._move(frozenset())
+
+    def _move(self, without: Set[int]) -> None:
+        """Copies record by record, so that no page comes along that holds what was forgotten."""
         new, old = self._folder + ".new", self._folder + ".old"
         with self._writing, _translated():
             for leftover in (new, old):
                 destroy(self._files, leftover)
             self._files.make_folder(new)
-            self._copy(new)
+            self._copy(new, without)
             with self._reading:
                 self._view.abort()
                 self._env.close()
@@ -210,8 +233,8 @@ class LmdbCatalog:
             destroy(self._files, old)
             self._numbers, self._names = self._read_names()
 
-    def _copy(self, folder: str) -> None:
-        """Copies to a fresh environment: what the view sees, without names that no record uses."""
+    def _copy(self, folder: str, without: Set[int]) -> None:
+        """Copies to a fresh environment, without some sequences and without names that no record uses."""
         target, used = self._open(folder, sync=False), set[int]()
         try:
             for table, db in self._tables.items():
@@ -219,6 +242,8 @@ class LmdbCatalog:
                 with self._env.begin(db=db) as source, source.cursor() as cursor:
                     pairs = iter(cursor)
                     while batch := list(islice(pairs, _BATCH)):
+                        if without and table in (b"records", b"tokens"):
+                            batch = [pair for pair in batch if _KEY.unpack(pair[0])[0] not in without]
                         if table == b"records":
                             for _, record in batch:
                                 used.update(numbers_in(record))
@@ -255,7 +280,7 @@ def _translated() -> Iterator[None]:
     except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
         raise Doubt(f"LMDB refuses it: {error}") from error
     except lmdb.MapFullError as error:
-        raise TierError("the index is full") from error
+        raise Full("the index is full") from error
     except (lmdb.Error, OSError) as error:
         raise TierError(f"the index failed: {error}") from error
 

@@ -72,6 +72,9 @@ def destroy(files: Files, folder: str) -> None:
         return
     for name in files.names(folder):
         path = f"{folder}/{name}"
+        if files.is_folder(path):
+            destroy(files, path)
+            continue
         handle = files.open(path)
         try:
             if size := files.size(path):

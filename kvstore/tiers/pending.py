@@ -22,11 +22,6 @@ class Pending:
         self._freed: set[int] = set()
         self._touched = now
 
-    @property
-    def going(self) -> int:
-        """How many blocks leave the index with the next change."""
-        return len(self._forgotten)
-
     def forget(self, sequences: Iterable[int]) -> None:
         """Blocks to take out."""
         with self._lock:

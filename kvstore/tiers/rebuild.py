@@ -18,7 +18,7 @@ from kvstore.tiers.slab import SLOT_BITS, Extent
 
 Read = Callable[[int, int, memoryview], None]  # address, offset in the slot, buffer
 THREADS = 4
-BATCH = 4096
+BATCHES = 4096, 64
 
 
 def blocks(read: Read, extents: Iterable[Extent]) -> list[tuple[int, Header]]:
@@ -48,11 +48,14 @@ def catalog(
             made = LmdbCatalog(files, place, limit, create=True)
     try:
         found = blocks(read, extents.values())
-        for start in range(0, len(found), BATCH):
-            if not made.room(0):
+        start = 0
+        while start < len(found):
+            size = next((size for size in BATCHES if made.room(start + size)), 0)
+            if not size:
                 note(f"the index has no room for {len(found) - start} blocks")
                 break
-            made.apply(Change(added=found[start : start + BATCH]))
+            made.apply(Change(added=found[start : start + size]))
+            start += size
         if isinstance(made, LmdbCatalog):
             made.finish()
     except BaseException:
