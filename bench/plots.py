@@ -79,6 +79,11 @@ def _inlined(svg: str, name: str) -> str:
     return svg
 
 
+def _legend(axes: Axes, **given: Any) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handlelength=1.4, **given)
+
+
 def ttft_by_length(axes: Axes, rows: Sequence[Row]) -> None:
     """Time to the first token against the length of the prompt, both ways, with running medians."""
     length = np.array([row.prompt_tokens for row in rows])
@@ -93,9 +98,8 @@ def ttft_by_length(axes: Axes, rows: Sequence[Row]) -> None:
         axes.plot(centres, [float(np.median(values[one])) for one in bins], color=PALETTE[name], lw=2, label=name)
     axes.set_xlabel("prompt, tokens")
     axes.set_ylabel("time to first token, ms")
-    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def tokens_over_turns(axes: Axes, rows: Sequence[Row]) -> None:
@@ -113,7 +117,7 @@ def tokens_over_turns(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylabel("prompt tokens, cumulative")
     axes.yaxis.set_major_formatter(_thousands)
     axes.set_xlim(1, max(2, len(rows)))
-    axes.legend(loc="upper left", reverse=True)
+    _legend(axes)
 
 
 def _thousands(value: float, _place: float = 0) -> str:
@@ -136,7 +140,7 @@ def ttft_distribution(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("time to first token, ms")
     axes.set_ylabel("share of turns")
     axes.set_ylim(0, 1.02)
-    axes.legend(loc="upper left")
+    _legend(axes)
 
 
 def waiting_by_conversation(axes: Axes, rows: Sequence[Row]) -> None:
@@ -158,4 +162,4 @@ def waiting_by_conversation(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("waiting for first tokens, ms, one segment a turn")
     handles = [Patch(color=PALETTE[arm], label=arm) for arm in ("recompute", "reuse")]
-    axes.legend(handles=handles, loc="lower right")
+    _legend(axes, handles=handles)

@@ -109,7 +109,7 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_row(f"tokens reused from {tier}", "", f"{tokens:,}", part)
     for tier, held in result["bytes_held_by_tier"].items():
         given = size(result["bytes_by_tier"].get(tier, 0))
-        shown.add_row(f"bytes given back by {tier}, held at the end", "", given, size(held))
+        shown.add_row(f"bytes reused from {tier}", "", given, f"holds {size(held)}")
     different, ties = result["tokens_different"], result["ties"]
     verdict = "[green]equal[/]" if result["tokens_equal"] else f"[red]{different} differ[/]"
     shown.add_section()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 
 from kvstore.errors import BadInput, TierError
@@ -28,6 +29,7 @@ class Eraser:
     def __init__(self, residency: Residency, mover: Mover) -> None:
         self._residency = residency
         self._mover = mover
+        self._erasing = threading.Lock()  # one at a time: who comes back may say that all is gone
         residency.erase_soon = self._erase_soon
 
     def forget(self, tenant: str | None, owner: str | None, older_than: float | None) -> Receipt:
@@ -64,6 +66,10 @@ class Eraser:
 
     def erase(self, always: bool = False) -> int:
         """Destroys what is to be destroyed on disk; returns how many blocks it could not (at least one, if any)."""
+        with self._erasing:
+            return self._erase(always)
+
+    def _erase(self, always: bool) -> int:
         residency = self._residency
         with residency.lock:
             doomed = residency.take_erasable()

@@ -66,6 +66,11 @@ class GatedTier:
         """Has the next calls raise."""
         self.gate(name, calls, after=after, error=True).open()
 
+    def heal(self) -> None:
+        """No gates any more."""
+        with self._lock:
+            self._gates.clear()
+
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.tier, name)
         if name not in ("read", "write", "commit", "erase"):

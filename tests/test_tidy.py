@@ -257,6 +257,14 @@ def test_the_package_list_equals_the_folders() -> None:
         assert (ROOT / "kvstore" / name.split(".")[-1]).resolve() == ROOT / folder
 
 
+@pytest.mark.parametrize(
+    "name", ["Makefile", "pyproject.toml", "constraints.txt", ".ci/run", ".pre-commit-config.yaml"]
+)
+def test_the_set_up_names_no_registry(name: str) -> None:
+    """Where packages come from is the business of whoever installs them."""
+    assert not re.search(r"https?://|index-url|find-links|trusted-host", (ROOT / name).read_text())
+
+
 PROBE = """
 import sys, threading
 import {what}

@@ -15,6 +15,7 @@ from kvstore.tiers.catalog import Doubt
 
 DATA = "data.mdb"
 DIGEST = "digest"
+TABLES = 4
 UNFINISHED = "unfinished"  # is there while the index is made from the slots' headers
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _META = struct.Struct("<IIQQ")  # magic, version, address, size of the map; behind the page's header
@@ -116,6 +117,8 @@ class Walk:
         self._seen = bytearray(last + 1)
         self._seen[:2] = b"\x01\x01"
         self._tree(main, "main")
+        if main[6] != TABLES:  # entries
+            raise Doubt("it has not our tables")
         self._tree(free, "free")
 
     def _newest(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -205,7 +208,7 @@ class Walk:
                 raise Doubt("a list of free pages is damaged")
             for number in rest:
                 self._visit(number, 1)
-        elif flags & ~_BIG:
+        elif kind == "main" or flags & ~_BIG:
             if kind != "main" or flags != _SUBTREE or size != _TREE.size:
                 raise Doubt("a value is of an unknown kind")
             self._tree(_TREE.unpack_from(self._image, start + data), "table")
