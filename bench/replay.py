@@ -96,7 +96,7 @@ class Replay:
             turn=number + 1,
             prompt_tokens=len(listed),
             cached_tokens=cached,
-            tokens_by_tier=served(hit.cached_by_tier, cached),
+            tokens_by_tier=hit.cached_by_tier,
             ttft_recompute=plain.ttft_seconds,
             ttft_reuse=reused.ttft_seconds,
             tpot_recompute=plain.tpot_seconds,
@@ -106,18 +106,6 @@ class Replay:
             gaps=apart.gaps,
             noise=noise,
         )
-
-
-def served(matched: dict[str, int], cached: int) -> dict[str, int]:
-    """Tokens by tier of a hit. Where the load came out shorter than the match, what is missing was on a slower tier."""
-    tokens = dict(matched)
-    excess = sum(tokens.values()) - cached
-    for tier in ("remote", "disk", "host"):
-        cut = min(excess, tokens.get(tier, 0))
-        if cut:
-            tokens[tier] -= cut
-            excess -= cut
-    return tokens
 
 
 def check(conversations: Sequence[Conversation], encoder: Encoder) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Index:
         # Few numbers have an entry in these.
         self.tokens: dict[int, bytes] = {}
         self.leases: dict[int, int] = {}
+        self._was: dict[int, bytes] = {}  # digest of the tokens of absent blocks that have children
         self.families = Families(self.tokens_of)
         self.kinds: list[Kind] = []
         self._kind_ids: dict[Kind, int] = {}
@@ -74,9 +76,6 @@ class Index:
         self._roots: dict[bytes, int] = {}
         self._root_keys: list[bytes] = []
         self._free: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.number)
 
     # -- interning ---------------------------------------------------------------------------------------------
 
@@ -128,8 +127,8 @@ class Index:
                 break
             if self._layout[self.kind[found]] != wanted:
                 break
-            if known.get(found, piece) != piece:  # cannot be, unless the hash is broken: a miss, never wrong bytes
-                break
+            if known.get(found, piece) != piece or self.parent[found] != parent:
+                break  # cannot be, unless the hash is broken: a miss, never wrong bytes
             blocks.append(found)
             parent = found
             position += size
@@ -158,13 +157,17 @@ class Index:
     def tokens_of(self, number: int) -> bytes:
         """Token bytes of a block; empty when nobody has them any more."""
         tokens = self.tokens.get(number)
-        if tokens is None:
-            tokens = self._fetch(self.sequence[number]) or b""
-        return tokens
+        return tokens if tokens is not None else self._fetch(self.sequence[number]) or b""
 
     def present(self, number: int) -> bool:
         """Whether some tier holds the block's bytes."""
         return self.disk[number] != NONE or number in self.tokens
+
+    def same(self, number: int, parent: int, tokens: bytes) -> bool:
+        """Whether a key's block is the one behind ``parent`` with these tokens: always, unless the hash is broken."""
+        if self.present(number):
+            return self.parent[number] == parent and self.tokens_of(number) == tokens
+        return self.parent[number] == parent and self._was.get(number) in (None, _sum(tokens))
 
     def idle(self, number: int) -> bool:
         """Whether nothing needs the number: no bytes, no children, no leases."""
@@ -177,10 +180,6 @@ class Index:
             chain.append(number)
         chain.reverse()
         return chain
-
-    def numbers(self) -> Iterator[int]:
-        """All numbers in use, a snapshot."""
-        return iter(list(self.number.values()))
 
     # -- change ------------------------------------------------------------------------------------------------
 
@@ -209,10 +208,13 @@ class Index:
 
     def link(self, number: int, tokens: bytes) -> None:
         """The block is present: its parent's family shows it."""
+        self._was.pop(number, None)
         self.families.link(self.parent[number], number, tokens)
 
     def unlink(self, number: int) -> None:
         """The block is absent from now on; called before its token bytes are let go."""
+        if self._degree[number]:
+            self._was[number] = _sum(self.tokens_of(number))
         self.families.unlink(self.parent[number], number)
 
     def sweep(self, number: int) -> None:
@@ -221,6 +223,7 @@ class Index:
             parent = self.parent[number]
             del self.number[self.key[number]]
             self.families.drop_parent(number)
+            self._was.pop(number, None)
             self.key[number] = b""
             self._free.append(number)
             if parent >= 0:
@@ -281,6 +284,10 @@ class Index:
             if parent >= 0 and used[parent] < used[child]:
                 used[parent] = used[child]
         return sorted(range(len(keys) - 1, -1, -1), key=used.__getitem__), apart
+
+
+def _sum(tokens: bytes) -> bytes:
+    return blake2b(tokens, digest_size=16).digest()
 
 
 def _again(apart: list[Entry]) -> Iterator[Entry]:

@@ -195,7 +195,6 @@ class Load:
     def __init__(self, match: Match, sources: list[tuple[Resident | Fetch, int]], views: list[memoryview]) -> None:
         self.layout = match.layout
         self.tokens = sum(tokens for _, tokens in sources)
-        self.tokens_by_tier = match.tokens_by_tier
         self.token_ids = match.token_ids
         self.lease = match.lease
         self._sources = sources
@@ -218,6 +217,15 @@ class Load:
                 break
             good += tokens
         return good
+
+    def tokens_by_tier(self, tokens: int) -> dict[str, int]:
+        """Where the first ``tokens`` of the load come from: memory, or the disk."""
+        tiers = {"host": 0, "disk": 0}
+        for source, used in self._sources:
+            used = min(used, tokens)
+            tiers["disk" if isinstance(source, Fetch) else "host"] += used
+            tokens -= used
+        return tiers
 
     def pieces(self, layer: int) -> list[Piece]:
         """Keys and values of one layer, block by block, after ``wait(layer)`` has returned True."""

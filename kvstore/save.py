@@ -135,9 +135,9 @@ class Saver:
                 number = index.number.get(key, NONE)
                 if number != NONE and not index.same_layout(number, layout):
                     break  # the namespace holds this chain in another layout
+                if number != NONE and not index.same(number, parent, piece):
+                    break  # cannot be, unless the hash is broken
                 if number != NONE and index.present(number):
-                    if index.tokens_of(number) != piece:
-                        break  # cannot be, unless the hash is broken
                     if index.expires[number] and (not expires or expires > index.expires[number]):
                         index.expires[number] = expires
                 elif (cover := self._cover(parent, piece, layout)) != NONE:

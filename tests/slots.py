@@ -6,9 +6,11 @@ import mmap
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvstore.block import Header, bad_pieces, checksums, decode_header, encode_header
 from kvstore.errors import Corrupt
+from kvstore.files import OsFiles
 from kvstore.keys import Fingerprint, Namespace, block_key, token_bytes
 from kvstore.layout import LayerShape, Layout
 from kvstore.tiers.base import Tier
@@ -114,6 +116,16 @@ def save(tier: Tier, *blocks: Block) -> None:
     tier.commit([(block.address, block.header) for block in blocks])
 
 
+def fill(tier: Tier, book: Book, **kind: Any) -> list[Block]:
+    """Saves blocks, 32 at a time, until there is no room."""
+    blocks = list[Block]()
+    while more := [block for block in (book.make(**kind) for _ in range(32)) if put(tier, block)]:
+        tier.commit([(block.address, block.header) for block in more])
+        blocks += more
+        assert tier.used <= tier.capacity
+    return blocks
+
+
 def drop(tier: Tier, *blocks: Block) -> None:
     """Forgets blocks and gives their slots back."""
     tier.forget([block.sequence for block in blocks])
@@ -126,6 +138,19 @@ def fetch(tier: Tier, address: int, layout: Layout = LAYOUT, stride: int | None 
     buffer = memory(-(-layout.slot_bytes(stride or layout.block_tokens) // 4096) * 4096)
     tier.read(address, 0, buffer)
     return buffer
+
+
+def opened(folder: Path, capacity: int | None = 16 << 20, files: OsFiles | None = None) -> DiskTier:
+    """A tier whose index was read."""
+    tier = DiskTier(files or OsFiles(), folder, capacity)
+    for _ in tier.load():
+        pass
+    return tier
+
+
+def stored(tier: DiskTier, book: Book) -> list[Block]:
+    """The blocks that a tier's index knows."""
+    return [book.blocks[entry.sequence] for entry in tier._catalog.snapshot().entries()]
 
 
 def abandon(tier: DiskTier) -> None:

@@ -1,21 +1,31 @@
-"""The disk tier's own promises: budget, shrinking, erasing, one process at a time, directories that are no cache."""
+"""The disk tier's own promises: budget, shrinking, erasing, a full filesystem."""
 
 from __future__ import annotations
 
 import errno
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faulty_files import FaultyFiles
-from slots import LAYOUT, OTHER, Block, Book, abandon, drop, fetch, holds, memory, on_disk, put, save
+from slots import (
+    LAYOUT,
+    OTHER,
+    Block,
+    Book,
+    drop,
+    fetch,
+    fill,
+    holds,
+    memory,
+    on_disk,
+    opened,
+    put,
+    save,
+    stored,
+)
 
-from kvstore.errors import BadInput, StoreBusy, TierError
+from kvstore.errors import TierError
 from kvstore.files import OsFiles
 from kvstore.layout import LayerShape, Layout
 from kvstore.tiers.disk import BACK_OFF_SECONDS, DiskTier
@@ -27,22 +37,6 @@ FULL = LAYOUT.full_slot_bytes
 @pytest.fixture
 def book(seed: int) -> Book:
     return Book(random.Random(seed))
-
-
-def opened(folder: Path, capacity: int | None = 16 * MIB, files: OsFiles | None = None) -> DiskTier:
-    tier = DiskTier(files or OsFiles(), folder, capacity)
-    for _ in tier.load():
-        pass
-    return tier
-
-
-def fill(tier: DiskTier, book: Book, **kind: Any) -> list[Block]:
-    """Saves blocks, 32 at a time, until there is no room."""
-    blocks = list[Block]()
-    while more := [block for block in (book.make(**kind) for _ in range(32)) if put(tier, block)]:
-        tier.commit([(block.address, block.header) for block in more])
-        blocks += more
-    return blocks
 
 
 @pytest.mark.parametrize("portable", [False, True], ids=["linux", "portable"])
@@ -108,10 +102,6 @@ def test_an_index_that_is_fuller_than_it_thinks(quick: Path, book: Book) -> None
         tier.close()
 
 
-def tier_blocks(tier: DiskTier, book: Book) -> list[Block]:
-    return [book.blocks[entry.sequence] for entry in tier._catalog.snapshot().entries()]
-
-
 @pytest.mark.parametrize("left", [4 * MIB, 6 * MIB, 10 * MIB])
 def test_a_smaller_budget_gives_back_what_was_used_longest_ago(quick: Path, book: Book, left: int) -> None:
     tier = opened(quick)
@@ -130,7 +120,7 @@ def test_a_smaller_budget_gives_back_what_was_used_longest_ago(quick: Path, book
     assert list(tier.verify()) == []
     tier.close()
     tier = opened(quick, left)
-    assert len(tier_blocks(tier, book)) == len(entries)
+    assert len(stored(tier, book)) == len(entries)
     tier.close()
 
 
@@ -159,7 +149,7 @@ def test_erased_bytes_are_found_nowhere(quick: Path, book: Book, portable: bool)
         assert tier.tokens(block.sequence) == block.header.tokens
     tier.close()
     tier = opened(quick)
-    assert {block.sequence for block in kept} <= {block.sequence for block in tier_blocks(tier, book)}
+    assert {block.sequence for block in kept} <= {block.sequence for block in stored(tier, book)}
     tier.close()
 
 
@@ -186,126 +176,6 @@ def test_erasing_while_others_write(quick: Path, book: Book) -> None:
     for block in [*waiting, *blocks[20:]]:
         assert book.check(fetch(tier, block.address)) == block.sequence
     tier.close()
-
-
-def test_a_killed_process_that_holds_the_lock_is_no_obstacle(quick: Path, book: Book) -> None:
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from slots import *
-tier = DiskTier(OsFiles(), {str(quick)!r}, 16 << 20)
-list(tier.load())
-book = Book(random.Random(5))
-save(tier, book.make(), book.make())
-print("ready", flush=True)
-sys.stdin.read()
-""".replace("from slots import *", "from slots import *\nfrom kvstore.files import OsFiles")
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdin is not None
-    try:
-        assert child.stdout.readline() == "ready\n"
-        with pytest.raises(StoreBusy, match=rf"pid {child.pid} \(python"):
-            opened(quick)
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        child.stdin.close()
-    tier = opened(quick)
-    theirs = Book(random.Random(5))
-    theirs.make(), theirs.make()
-    for block, ours in zip(tier_blocks(tier, theirs), theirs.blocks.values(), strict=True):
-        assert block is ours
-        assert tier.tokens(block.sequence) == block.header.tokens
-    tier.close()
-
-
-def test_a_fork_neither_keeps_the_lock_nor_spoils_the_index(quick: Path, book: Book) -> None:
-    tier = opened(quick)
-    block = book.make()
-    save(tier, block)
-    here, there = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(there)
-        tier.close()
-        os.read(here, 1)  # until the parent is done
-        os._exit(0)
-    os.close(here)
-    assert book.check(fetch(tier, block.address)) == block.sequence
-    tier.close()
-    again = opened(quick)  # while the child lives
-    assert again.tokens(1) == block.header.tokens
-    again.close()
-    os.close(there)
-    assert os.waitpid(child, 0)[1] == 0
-
-
-@pytest.mark.parametrize(
-    ("what", "says"),
-    [("a file", "is a file"), ("strangers", "not a kvstore cache"), ("foreign tag", "not a kvstore cache")],
-)
-def test_directories_that_are_no_cache(tmp_path: Path, what: str, says: str) -> None:
-    place = tmp_path / "place"
-    if what == "a file":
-        place.write_text("x")
-    else:
-        place.mkdir()
-        (place / "thesis.tex").write_text("x")
-        if what == "foreign tag":
-            (place / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(BadInput, match=says):
-        opened(place)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
-
-
-def test_looking_makes_no_directory(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="not a kvstore cache"):
-        DiskTier(OsFiles(), tmp_path / "nothing", None, create=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_sizes_that_make_no_sense(tmp_path: Path) -> None:
-    for capacity, says in ((MIB, "at least 4 MiB"), (1 << 60, "bytes in all")):
-        with pytest.raises(BadInput, match=says):
-            opened(tmp_path / "cache", capacity)
-
-
-def test_looking_shrinks_nothing(quick: Path, book: Book) -> None:
-    tier = opened(quick / "cache")
-    blocks = fill(tier, book)
-    tier.close()
-    before = on_disk(quick)
-    tier = DiskTier(OsFiles(), quick / "cache", None, create=False)
-    assert len(list(tier.load())) == len(blocks)
-    assert list(tier.verify()) == []
-    tier.close()
-    assert on_disk(quick) == before
-
-
-def test_the_directory_says_what_it_is(tmp_path: Path, book: Book) -> None:
-    tier = opened(tmp_path / "a/b/cache")
-    save(tier, book.make())
-    tier.close()
-    cache = tmp_path / "a/b/cache"
-    assert (cache / "CACHEDIR.TAG").read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
-    assert (cache / ".gitignore").read_text() == "*\n"
-    assert sorted(path.name for path in cache.iterdir()) == [".gitignore", "CACHEDIR.TAG", "v1"]
-    (cache / "CACHEDIR.TAG").unlink()  # and it is known without
-    opened(cache).close()
-
-
-def test_leftovers_of_a_crash_are_swept(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / ".kvstore-CACHEDIR.TAG-0123").write_text("half")
-    tier = opened(cache)
-    (cache / "v1/.kvstore-x-0123").write_text("half")
-    abandon(tier)
-    opened(cache).close()
-    assert not list(cache.rglob(".kvstore-*"))
 
 
 def test_a_filesystem_that_others_fill(quick: Path, book: Book) -> None:

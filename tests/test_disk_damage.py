@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from slots import LAYOUT, Book, abandon, fetch, holds, save
 
+from kvstore.block import encode_header
 from kvstore.errors import TierError
 from kvstore.files import OsFiles
 from kvstore.tiers.disk import DiskTier
@@ -141,6 +142,10 @@ def garbage(path: Path) -> None:
     path.write_bytes(random.Random(1).randbytes(path.stat().st_size))
 
 
+def longer(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
 def as_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -155,7 +160,7 @@ HARMS: dict[str, Callable[[Path], None]] = {
     "odd": cut(20001),
     "one byte less": cut(1 << 40),
     "garbage": garbage,
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "longer": longer,
     "a folder": as_folder,
 }
 
@@ -238,13 +243,10 @@ def test_a_rebuild_finds_what_the_index_lost(folder: Path, book: Book) -> None:
     tier = DiskTier(OsFiles(), folder, CAPACITY)
     list(tier.load())
     old = book.blocks[1]
-    again = Book(random.Random(1), last=COUNT).make(owner="again")
-    header = type(old.header)(**{**{k: getattr(old.header, k) for k in old.header.__slots__}, "sequence": 101})
-    from kvstore.block import encode_header
-
-    again.header = header
+    again = Book(random.Random(1), last=COUNT).make()
+    again.header = replace(old.header, sequence=101)
     again.slot[:] = old.slot
-    data = encode_header(header)
+    data = encode_header(again.header)
     again.slot[: len(data)] = data
     book.blocks[101], book.last = again, 101
     save(tier, again)

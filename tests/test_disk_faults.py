@@ -7,6 +7,7 @@ import errno
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ class Play:
 
     def _second(self, tier: DiskTier) -> None:
         for sequence, block in self.promised.items():
-            self._try(lambda block=block, sequence=sequence: self._read(tier, block, sequence))
+            self._try(partial(self._read, tier, block, sequence))
         tier.touch(list(self.promised)[:2], 99.0)
         if self.promised:
             self._drop(tier, next(iter(self.promised.values())))
@@ -83,7 +84,7 @@ class Play:
         written = []
         for block in blocks:
             block.address = 0
-            if self._try(lambda block=block: put(tier, block)) and block.address:
+            if self._try(partial(put, tier, block)) and block.address:
                 written.append(block)
             elif block.address:
                 tier.free(block.address)

@@ -90,7 +90,7 @@ def test_scarce_memory_costs_hits_and_changes_nothing(tmp_path: Path, subject: S
         result = summary.summarize(replayed(subject, store, logs.read(DEMO), interleave=True), "demo", {})
         assert store.stats()["leases"] == 0
     assert result["tokens_equal"] and result["max_logit_difference"] < 20 * result["logit_noise"]
-    assert result["counters"]["host_full"] > 0 and result["counters"]["host_evicted_blocks"] > 0
+    assert result["counters"]["host_evicted_blocks"] > 0
     assert result["tokens_by_tier"]["disk"] > 0
     assert sum(result["tokens_by_tier"].values()) == result["cached_tokens"]
 

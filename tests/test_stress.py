@@ -18,7 +18,6 @@ from gates import gated, only_on_disk
 import kvstore
 from kvstore import Layout, Store
 from kvstore.files import OsFiles
-from kvstore.load import Load
 from kvstore.residency import Residency
 
 SPACES = [NS, namespace("a")]
@@ -204,7 +203,8 @@ def _any_address(residency: Residency, number: int) -> int:
 @pytest.mark.usefixtures("hasty")
 def test_a_planted_fault_is_noticed(planted: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     negative(monkeypatch, planted)
-    seen, deadline = [], time.monotonic() + 30
+    seen: list[str] = []
+    deadline = time.monotonic() + 30
     while not seen and time.monotonic() < deadline:
         with kvstore.open(host="1MiB") as store:
             crowd = Crowd(store, SMALL, seed, chains=200, blocks=6)
@@ -225,12 +225,14 @@ def test_flipped_bytes_are_noticed_by_the_store_or_by_the_test(
         save(store, tokens)
         only_on_disk(store)
 
-        def flip(self: Load, part: Any) -> None:
-            part[-4096] ^= 1  # the first byte of the last layer
-
         read = tier.tier.read
-        monkeypatch.setattr(tier.tier, "read", lambda a, o, buffer: (read(a, o, buffer), flip(None, buffer)))  # type: ignore[arg-type]
+
+        def flip(address: int, offset: int, buffer: memoryview) -> None:
+            read(address, offset, buffer)
+            buffer[-4096] ^= 1  # the first byte of the last layer
+
+        monkeypatch.setattr(tier.tier, "read", flip)
         load = store.load(found(store, tokens))
-        assert load.wait(1) is not checked
+        assert load.wait(1) is not checked, "the store's own check"
         assert bool(wrong(load, tokens)) is not checked
         load.release()

@@ -6,7 +6,7 @@ import random
 import threading
 
 import pytest
-from slots import LAYOUT, OTHER, Book, drop, fetch, put, save
+from slots import LAYOUT, OTHER, Book, drop, fetch, fill, put, save
 
 from kvstore.block import decode_header
 from kvstore.errors import TierError
@@ -50,12 +50,8 @@ class TierContract:
                 tier.read(address, offset, buffer)
 
     def test_the_budget_is_kept_and_room_comes_back(self, tier: Tier, book: Book) -> None:
-        blocks = []
-        while put(tier, block := book.make()):
-            blocks.append(block)
-            assert tier.used <= tier.capacity
+        blocks = fill(tier, book)
         assert len(blocks) * FULL > 0.75 * tier.capacity
-        tier.commit([(block.address, block.header) for block in blocks])
         assert tier.reserve(FULL) is None
         drop(tier, blocks[7])
         assert tier.same_class(blocks[8].address, FULL)
@@ -63,10 +59,7 @@ class TierContract:
         assert tier.reserve(FULL) is None
 
     def test_neighbours_make_room_for_another_class(self, tier: Tier, book: Book) -> None:
-        blocks = {}
-        while put(tier, block := book.make()):
-            blocks[block.address] = block
-        tier.commit([(block.address, block.header) for block in blocks.values()])
+        blocks = {block.address: block for block in fill(tier, book)}
         big = OTHER.full_slot_bytes
         assert tier.reserve(big) is None
         drop(tier, *[blocks[address] for address in tier.neighbours(next(iter(blocks)))])

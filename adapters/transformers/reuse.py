@@ -197,10 +197,9 @@ class Reuse:
         if changed is not None:
             empty: list[Any] = [None] * len(prompts.rows)
             misses = [Miss("changed", 0, changed)] * len(prompts.rows)
-            return self._hit(prompts, empty, misses, [0] * len(prompts.rows), {}, tenant, by_columns, changed)
+            return self._hit(prompts, empty, misses, [0] * len(prompts.rows), tenant, by_columns, changed)
         namespace = Namespace(self.fingerprint, tenant)
         loads, misses, tokens = [], [], []
-        tiers: dict[str, int] = {}
         for ids in prompts.rows:
             match = self.store.match(namespace, self.layout, ids)
             load = self.store.load(match)
@@ -209,9 +208,7 @@ class Reuse:
             loads.append(load)
             misses.append(match.miss)
             tokens.append(min(load.tokens, load.good_tokens(len(self.layout.layers) - 1)))
-            for tier, count in match.tokens_by_tier.items():
-                tiers[tier] = tiers.get(tier, 0) + count
-        return self._hit(prompts, loads, misses, tokens, tiers, tenant, by_columns, self._stamp)
+        return self._hit(prompts, loads, misses, tokens, tenant, by_columns, self._stamp)
 
     def _hit(
         self,
@@ -219,7 +216,6 @@ class Reuse:
         loads: list[Any],
         misses: list[Any],
         tokens: list[int],
-        tiers: dict[str, int],
         tenant: str,
         by_columns: bool,
         stamp: object,
@@ -229,7 +225,10 @@ class Reuse:
         columns = max(tokens)
         if len(tokens) > 1 and (windows or by_columns):
             columns, tokens = cut_by_columns(prompts, tokens)
+        tiers: dict[str, int] = {}
         for place, (load, count) in enumerate(zip(loads, tokens, strict=True)):
+            for tier, part in load.tokens_by_tier(count).items() if load is not None else ():
+                tiers[tier] = tiers.get(tier, 0) + part
             if load is not None and not count:
                 load.release()
                 loads[place] = None
@@ -248,8 +247,7 @@ class Reuse:
         )
         cache = ReuseCache(self, loaded, recorder, attached.specs, attached.dtype, plan, stamp, tenant)
         single = prompts.single
-        served = _trimmed(tiers, sum(tokens))
-        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, served, plan)
+        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
 
     def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
         attached, store, layout = self._attached, self.store, self.layout
@@ -276,14 +274,6 @@ class Reuse:
 
     def _generation_config(self) -> Any:
         return getattr(self._base, "generation_config", None)
-
-
-def _trimmed(tiers: dict[str, int], tokens: int) -> dict[str, int]:
-    """Tokens by tier when only ``tokens`` of them are used: what comes last is not, and it lies deepest."""
-    served = dict(tiers)
-    for tier in reversed(list(served)):
-        served[tier] = max(0, min(served[tier], tokens - sum(served.values()) + served[tier]))
-    return served
 
 
 WRITER = f"transformers/{torch.__version__}"[:64]

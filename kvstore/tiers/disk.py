@@ -30,6 +30,7 @@ MIN_CAPACITY = 4 * MIB
 MIN_EXTENT, MAX_EXTENT = MIB, 256 * MIB
 SMALL_FILES = 64 << 10  # tag, lock, digest, folders
 LEFT_TO_OTHERS = 256 * MIB  # of the filesystem, or a twentieth of it if that is less
+Place = str | os.PathLike[str]
 BACK_OFF_SECONDS = 5.0  # after a file could not be made
 
 
@@ -37,13 +38,7 @@ class DiskTier:
     """``Tier`` on a local disk. See ``base.Tier`` for what each method promises."""
 
     def __init__(
-        self,
-        files: Files,
-        path: str | os.PathLike[str],
-        capacity: int | None,
-        *,
-        create: bool = True,
-        index_bytes: int | None = None,
+        self, files: Files, path: Place, capacity: int | None, *, create: bool = True, index_bytes: int | None = None
     ) -> None:
         """Takes the directory ``path`` with a budget of ``capacity`` bytes (None: all that is there, to look only).
 
