@@ -19,7 +19,8 @@ from rich.table import Table
 from kvstore.bench.micro import disk, host, index
 from kvstore.bench.micro.limits import Timing
 
-PARTS = ("host", "disk", "index", "ttft", "tpot")
+SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
+PARTS = ("host", "disk", "index", "attach", "ttft", "tpot")
 
 
 def main(
@@ -69,10 +70,12 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
     else:
         import torch
 
-        from kvstore.bench.micro import ttft
+        from kvstore.bench.micro import attach, ttft
 
         torch.set_num_threads(os.cpu_count() or 1)
-        if part == "ttft":
+        if part == "attach":
+            results |= attach.measure(scratch, min(repeats, 5))
+        elif part == "ttft":
             results["ttft"] = ttft.measure(scratch, repeats)
         else:
             results["tpot"] = ttft.measure_tpot(scratch, pairs=max(repeats, 5))
@@ -130,7 +133,7 @@ def show(results: dict[str, Any]) -> None:
     if moves.row_count:
         console.print(moves)
     single = Table("what", "value", title="Index and import")
-    for name in ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds"):
+    for name in SINGLE:
         if name in results:
             single.add_row(name.replace("_", " "), f"{results[name]:.6g}")
     if single.row_count:

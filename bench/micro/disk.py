@@ -33,7 +33,9 @@ def measure(size: str, folder: Path, repeats: int) -> dict[str, dict[str, Timing
         plain.write(buffers, 4)  # so that there is something to read, and no first touch of the disk later
     result: dict[str, dict[str, Timing]] = {"disk_save": {}, "disk_load_cold": {}}
     try:
-        with kvstore.open(folder / f"save-{size}", host=int(slots * 2.6), disk=int(slots * ROUNDS * 1.05) + (64 << 20)) as store:
+        with kvstore.open(
+            folder / f"save-{size}", host=int(slots * 2.6), disk=int(slots * ROUNDS * 1.05) + (64 << 20)
+        ) as store:
             source = memory(TOTAL)
             ready: list[tuple[list[int], dict[int, Draft]]] = []
 

@@ -6,7 +6,6 @@ lock. Few files are open at a time, however many extents there are.
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import struct
@@ -158,10 +157,13 @@ class Extents:
         path = self._path(extent.number)
         try:
             self._clear()  # first, so that there is never more than the budget
-            handle = self._files.open(path, create=True, direct=True)
+            # Through the page cache, because a direct write of one page waits behind all large ones in flight.
+            handle = self._files.open(path, create=True)
             try:
                 self._files.allocate(handle, PAGE + extent.bytes)
                 self._write_header(handle, extent)
+                self._files.close(handle)
+                handle = self._files.open(path, direct=True)
             except BaseException:
                 self._files.close(handle)
                 self._files.remove(path)
@@ -174,13 +176,10 @@ class Extents:
         return handle
 
     def _write_header(self, handle: Handle, extent: Extent) -> None:
-        body = HEADER.pack(
-            MAGIC, VERSION, extent.number, extent.slot_bytes, extent.slots, self._files.random(16), bytes(16)
-        )[:-16]
-        with mmap.mmap(-1, PAGE) as page:  # aligned, as O_DIRECT wants it
-            page[: HEADER.size] = body + xxh3_128_digest(body)
-            with memoryview(page) as view:
-                self._files.write(handle, view, 0)
+        mark = self._files.random(16)
+        body = HEADER.pack(MAGIC, VERSION, extent.number, extent.slot_bytes, extent.slots, mark, bytes(16))[:-16]
+        page = (body + xxh3_128_digest(body)).ljust(PAGE, b"\0")
+        self._files.write(handle, memoryview(page), 0)
 
     def _clear(self) -> None:
         """Closes and removes what was given up. What cannot be removed stays on the list."""
