@@ -8,7 +8,7 @@ from kvstore.eviction import victims
 from kvstore.families import NONE
 from kvstore.residency import Residency
 
-EVICT_AHEAD = 64 << 20  # bytes that make room on disk at once, at most
+EVICT_AHEAD = 256 << 20  # bytes that are kept free on disk at most, so that a write finds a slot that is ready
 
 
 def reserve_host(residency: Residency, slot_bytes: int) -> int | None:
@@ -30,22 +30,26 @@ def reserve_host(residency: Residency, slot_bytes: int) -> int | None:
 def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
     """A disk slot, evicting what may go. Locked.
 
-    Evicts a little ahead: the tier writes down what it forgot before it writes over it, once for all of these.
+    Evicts a little ahead: the tier writes down what it forgot before it writes over it, with the next group of blocks
+    that becomes durable, and a write that comes before would have to wait.
     """
     if residency.disk is None:
         return None
-    address = residency.disk.reserve(slot_bytes)
-    if address is not None:
+    disk = residency.disk
+    address = disk.reserve(slot_bytes)
+    low = min(EVICT_AHEAD, disk.capacity // 32)
+    if address is not None and disk.headroom(slot_bytes) >= low:
         return address
-    ahead = min(EVICT_AHEAD, residency.disk.capacity // 64)
     numbers = range(len(residency.index.key))
-    groups = victims(slot_bytes, residency.disk, residency.disk_policy, partial(_disk_address, residency), numbers)
-    while (address is None or ahead > 0) and (group := next(groups, None)) is not None:
+    groups = victims(slot_bytes, disk, residency.disk_policy, partial(_disk_address, residency), numbers)
+    while address is None or disk.headroom(slot_bytes) < low:
+        group = next(groups, None)
+        if group is None:
+            break
         for number in group:
-            ahead -= residency.payload(number)
             residency.drop_disk(number)
         residency.counters.add("disk_evicted_blocks", len(group))
-        address = residency.disk.reserve(slot_bytes) if address is None else address
+        address = disk.reserve(slot_bytes) if address is None else address
     if address is None:
         residency.counters.add("disk_full")
     return address

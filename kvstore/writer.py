@@ -20,7 +20,7 @@ from kvstore.room import reserve_disk
 
 log = logging.getLogger("kvstore")
 
-COMMIT_BLOCKS = 32  # written blocks that become durable together
+COMMIT_BLOCKS, COMMIT_BYTES = 32, 128 << 20  # of written blocks that become durable together, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,11 @@ class Written:
     resident: Resident
     address: int
     header: Header
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the slot."""
+        return self.header.slot_bytes
 
 
 class Writer:
@@ -84,7 +89,8 @@ class Writer:
             else:
                 self._give_up(number, resident)
             batch: list[Written] = []
-            if len(self._written) >= COMMIT_BLOCKS or len(self._queued) == len(self._written) + self._committing:
+            full = len(self._written) >= COMMIT_BLOCKS or sum(w.bytes for w in self._written) >= COMMIT_BYTES
+            if full or len(self._queued) == len(self._written) + self._committing:
                 batch, self._written = self._written, []
                 self._committing += len(batch)
         if batch:

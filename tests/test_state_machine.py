@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import hypothesis
 import pytest
 from blocks import fill, load_all, marks, namespace, recount, wrong
 from gates import only_on_disk
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -219,8 +220,9 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-def run(seed: int, examples: int, steps: int) -> None:
+def run(seed: int, examples: int, steps: int, phases: Collection[Phase] = tuple(Phase)) -> None:
     profile = settings(
+        phases=phases,
         max_examples=examples,
         stateful_step_count=steps,
         deadline=None,
@@ -264,4 +266,4 @@ PLANTED = {
 def test_a_planted_fault_is_found(planted: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*PLANTED[planted])
     with pytest.raises((AssertionError, BaseExceptionGroup)):
-        run(seed, examples=50, steps=20)
+        run(seed, examples=50, steps=20, phases=[Phase.generate])

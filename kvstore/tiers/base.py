@@ -65,6 +65,9 @@ class Tier(Protocol):
         Under the store's lock. Never evicts: the caller picks victims, frees them, asks again.
         """
 
+    def headroom(self, slot_bytes: int) -> int:
+        """Bytes that ``reserve`` can give in slots of this class before something must go. Under the store's lock."""
+
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """Whether freeing the slot at ``address`` makes room for ``slot_bytes`` at once. Under the store's lock."""
 

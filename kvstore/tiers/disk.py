@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MIB = 1 << 20
 MIN_CAPACITY = 4 * MIB
 MIN_EXTENT, MAX_EXTENT = MIB, 256 * MIB
+EXTENT_SLOTS = 4  # in an extent at least, so that large blocks do not make a file each
 SMALL_FILES = 64 << 10  # tag, lock, digest, folders
 LEFT_TO_OTHERS = 256 * MIB  # of the filesystem, or a twentieth of it if that is less
 Place = str | os.PathLike[str]
@@ -80,7 +81,7 @@ class DiskTier:
         self._index_limit = reserve // 2  # while it is written anew there are two
         budget = max(0, self._capacity - reserve - SMALL_FILES - self._extents.foreign)
         size = min(max(self._capacity // 64, MIN_EXTENT), MAX_EXTENT)
-        self._slab = Slab(budget, size, self._grow, self._shrink, overhead=PAGE)
+        self._slab = Slab(budget, size, self._grow, self._shrink, overhead=PAGE, least=EXTENT_SLOTS)
         self._slab.skip(self._extents.highest)
         for extent in found:
             self._slab.adopt(extent)
@@ -121,8 +122,18 @@ class DiskTier:
             if not self._catalog.room(self._taken + 1):
                 return None
             address = self._slab.allocate(_whole(slot_bytes))
+            if address is None and self._pending.resting:
+                self._rouse(self._pending.resting)  # its write will have to wait until they are written down
+                address = self._slab.allocate(_whole(slot_bytes))
             self._taken += address is not None
             return address
+
+    def headroom(self, slot_bytes: int) -> int:
+        """See ``Tier``."""
+        size = _whole(slot_bytes)
+        with self._lock:
+            resting = sum(self._slab.slot_bytes(address) == size for address in self._pending.resting)
+            return (self._slab.free_slots(size) + resting) * size + max(self._slab.room, 0)
 
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """See ``Tier``."""
@@ -130,14 +141,19 @@ class DiskTier:
 
     def neighbours(self, address: int) -> Sequence[int]:
         """See ``Tier``."""
-        return self._slab.neighbours(address)
+        resting = self._pending.resting
+        return [other for other in self._slab.neighbours(address) if other not in resting]
 
     def free(self, address: int) -> None:
         """See ``Tier``. What lay there must have been forgotten before."""
         with self._lock:
-            self._slab.free(address)
             self._taken -= 1
             self._pending.free(address)
+
+    def _rouse(self, addresses: Iterable[int]) -> None:
+        """Resting slots may be reserved again. With the lock."""
+        for address in self._pending.rouse(addresses):
+            self._slab.free(address)
             self._stale.add(address >> SLOT_BITS)
 
     def _grow(self, extent: Extent) -> bool:
@@ -198,6 +214,8 @@ class DiskTier:
                     raise
                 self._catalog.apply(replace(change, used={}))  # times of use are not worth a block
             self._pending.done(change, freed)
+            with self._lock:
+                self._rouse(freed)
 
     def forget(self, sequences: Iterable[int]) -> None:
         """See ``Tier``."""

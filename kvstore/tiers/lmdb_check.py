@@ -110,8 +110,6 @@ class Walk:
     def run(self, deep: bool) -> None:
         """Checks the meta pages; ``deep``: also everything that the newest one leads to."""
         free, main, last = self._newest()
-        if (last + 1) * self._page > len(self._image):
-            raise Doubt("it was cut")
         if not deep:
             return
         self._seen = bytearray(last + 1)
@@ -171,6 +169,7 @@ class Walk:
     def _nodes(self, number: int, kind: int) -> tuple[int, list[tuple[int, int, int, int, int]]]:
         """Where a page starts and its nodes: place in the page and the four fields."""
         self._visit(number, 1)
+        self._written(number, 1)
         start = number * self._page
         page, _, flags, lower, upper = _PAGE.unpack_from(self._image, start)
         if page != number or flags != kind or not 16 < lower <= upper <= self._page or lower % 2:
@@ -189,6 +188,11 @@ class Walk:
             raise Doubt("a page is used twice")
         self._seen[first : first + count] = b"\x01" * count
 
+    def _written(self, first: int, count: int) -> None:
+        """The file may end before its last page, taken and let go in one transaction, but not before these."""
+        if (first + count) * self._page > len(self._image):
+            raise Doubt("it was cut")
+
     def _value(self, start: int, data: int, size: int, flags: int, kind: str) -> int:
         """Checks the value of a leaf's node; returns how many overflow pages it has."""
         pages = 0
@@ -196,6 +200,7 @@ class Walk:
             (number,) = struct.unpack_from("<Q", self._image, start + data) if data + 8 <= self._page else (0,)
             pages = -(-(16 + size) // self._page)
             self._visit(number, pages)
+            self._written(number, pages)
             start, data = number * self._page, 16
             page, _, found, _, _ = _PAGE.unpack_from(self._image, start)
             if page != number or found != _OVERFLOW or struct.unpack_from("<I", self._image, start + 12)[0] != pages:

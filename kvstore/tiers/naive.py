@@ -42,6 +42,10 @@ class NaiveTier:
             self._slots[self._next] = slot_bytes
             return self._next
 
+    def headroom(self, slot_bytes: int) -> int:
+        """See ``Tier``."""
+        return self.capacity - self.used
+
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """See ``Tier``. Room is room here, if there is enough of it."""
         return self._size(address) >= slot_bytes

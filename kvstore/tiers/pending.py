@@ -12,7 +12,11 @@ TOUCH_SECONDS, TOUCH_COUNT = 60.0, 4096  # uses are written down when so old or 
 
 
 class Pending:
-    """Blocks forgotten, times of use, memos, and slots that were freed. Any method from any thread."""
+    """Blocks forgotten, times of use, memos, and slots that were freed. Any method from any thread.
+
+    A freed slot *rests* until the index on the medium has stopped naming it, so that an indexed block is always whole;
+    if there is no other slot, it is reserved all the same, and its first write has that written down before.
+    """
 
     def __init__(self, now: float) -> None:
         self._lock = threading.Lock()
@@ -20,6 +24,7 @@ class Pending:
         self._used: dict[int, float] = {}
         self._memos: dict[str, str] = {}
         self._freed: set[int] = set()
+        self._resting: set[int] = set()  # freed, and not yet given back to the slab
         self._touched = now
 
     def forget(self, sequences: Iterable[int]) -> None:
@@ -50,6 +55,20 @@ class Pending:
         """A slot that was given back; the index on the medium may still name it."""
         with self._lock:
             self._freed.add(address)
+            self._resting.add(address)
+
+    @property
+    def resting(self) -> frozenset[int]:
+        """Slots that rest."""
+        with self._lock:
+            return frozenset(self._resting)
+
+    def rouse(self, addresses: Iterable[int]) -> list[int]:
+        """Ends the rest of those of ``addresses`` that rest; returns them."""
+        with self._lock:
+            roused = [address for address in addresses if address in self._resting]
+            self._resting.difference_update(roused)
+            return roused
 
     def named(self, address: int) -> bool:
         """Whether the index on the medium may still name a block there that is no more."""

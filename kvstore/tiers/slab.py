@@ -40,8 +40,12 @@ class Slab:
         grow: Callable[[Extent], bool],
         shrink: Callable[[Extent], None],
         overhead: int = 0,
+        least: int = 1,
     ) -> None:
-        """``overhead`` bytes are charged per extent beside its slots (a file's header page)."""
+        """``overhead`` bytes are charged per extent beside its slots (a file's header page).
+
+        An extent takes about ``extent_bytes``, but has ``least`` slots where the budget allows.
+        """
         self.capacity = capacity
         self.extent_bytes = extent_bytes
         self.used = 0  # bytes of all extents, overhead included; never above capacity
@@ -52,6 +56,7 @@ class Slab:
         self._grow = grow
         self._shrink = shrink
         self._overhead = overhead
+        self._least = least
 
     @property
     def room(self) -> int:
@@ -82,7 +87,7 @@ class Slab:
             for extent in [self.extents[number] for number in self._empty]:
                 if extent.slot_bytes != slot_bytes:
                     self.drop(extent)
-        slots = min(max(1, self.extent_bytes // slot_bytes), self.room // slot_bytes, SLOT_MASK)
+        slots = min(max(self._least, self.extent_bytes // slot_bytes), self.room // slot_bytes, SLOT_MASK)
         if slots < 1:
             return False
         extent = Extent(self._next, slot_bytes, slots, list(range(slots - 1, -1, -1)))
