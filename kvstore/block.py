@@ -54,7 +54,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     """Everything that is known of one block beside its payload.
 

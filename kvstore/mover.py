@@ -11,7 +11,7 @@ from itertools import count
 
 log = logging.getLogger("kvstore")
 
-WORKERS = 4
+WORKERS = 5  # four transfers in flight, and one more while a worker makes a group durable
 
 
 class Priority(IntEnum):
@@ -66,8 +66,11 @@ class Mover:
             thread.join()
 
     def _run(self) -> None:
+        job: Callable[[], None] | None = None
         while True:
             with self._ready:
+                self._busy -= job is not None
+                job = None
                 while not self._heap and not self._closed:
                     self._ready.wait()
                 if not self._heap:
@@ -79,7 +82,3 @@ class Mover:
             except Exception:  # top loop: a worker outlives a broken job
                 log.exception("a mover job failed")
                 self._on_error()
-            finally:
-                del job  # a job may hold the last reference to a lease
-                with self._ready:
-                    self._busy -= 1

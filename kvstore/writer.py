@@ -8,7 +8,7 @@ import mmap
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvstore.block import Header, address_of, checksums, encode_header
 from kvstore.errors import TierError
@@ -41,11 +41,6 @@ class Written:
     address: int
     header: Header
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of the slot."""
-        return self.header.slot_bytes
-
 
 class Writer:
     """The queue of blocks that are to go to disk. One per store."""
@@ -58,6 +53,7 @@ class Writer:
         # Guarded by residency.lock:
         self._queued: set[int] = set()  # blocks that wait, are written or are made durable; each holds a lease
         self._written: list[Written] = []  # on disk, not yet durable
+        self._written_bytes = 0
         self._committing = 0  # blocks in commits that run
 
     def enqueue(self, number: int) -> None:
@@ -86,12 +82,13 @@ class Writer:
         with residency.lock:
             if written is not None:
                 self._written.append(written)
+                self._written_bytes += written.header.slot_bytes
             else:
                 self._give_up(number, resident)
             batch: list[Written] = []
-            full = len(self._written) >= COMMIT_BLOCKS or sum(w.bytes for w in self._written) >= COMMIT_BYTES
+            full = len(self._written) >= COMMIT_BLOCKS or self._written_bytes >= COMMIT_BYTES
             if full or len(self._queued) == len(self._written) + self._committing:
-                batch, self._written = self._written, []
+                batch, self._written, self._written_bytes = self._written, [], 0
                 self._committing += len(batch)
         if batch:
             self._commit(batch)
@@ -127,8 +124,8 @@ class Writer:
         slot = view[:size] if header.stride == resident.stride else self._compact(view, resident, header.stride)
         payload = slot[layout.header_bytes : size]
         known = resident.checksums if slot.obj is view.obj else None
-        sealed = replace(header, checksums=known or checksums(layout, header.stride, payload))
-        data = encode_header(sealed)
+        header.checksums = known or checksums(layout, header.stride, payload)
+        data = encode_header(header)
         slot[: len(data)] = data
         _blank(slot, layout, header.stride, len(data))
         assert residency.disk is not None
@@ -140,7 +137,7 @@ class Writer:
                 self._unwrite(number, resident, address, header.sequence)
             return None
         residency.counters.add("disk_written_bytes", size)
-        return Written(number, resident, address, sealed)
+        return Written(number, resident, address, header)
 
     def _compact(self, view: memoryview, resident: Resident, stride: int) -> memoryview:
         """A partial block's slot without the room that its draft had left, in this thread's scratch memory."""
@@ -218,7 +215,7 @@ class Writer:
         """The mover is closed and its jobs are gone: what is on disk becomes durable, the rest stays unwritten."""
         residency = self._residency
         with residency.lock:
-            batch, self._written = self._written, []
+            batch, self._written, self._written_bytes = self._written, [], 0
             self._committing += len(batch)
         if batch:
             self._commit(batch)

@@ -20,7 +20,7 @@ from kvstore.bench.micro import disk, host, index
 from kvstore.bench.micro.limits import Timing
 
 SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
-PARTS = ("host", "disk", "index", "attach", "ttft", "tpot")
+PARTS = ("host", "disk", "peers", "index", "attach", "ttft", "tpot")
 
 
 def main(
@@ -65,6 +65,10 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
                 flight, timing = min(timings.items(), key=lambda item: item[1].ratio)
                 row = figures(timing, disk.TOTAL) | {"limit_in_flight": int(flight)}
                 results.setdefault(size, {})[name] = row
+    elif part == "peers":
+        from kvstore.bench.micro import peers
+
+        results["peers"] = peers.measure(scratch, repeats)
     elif part == "index":
         results |= index.measure(scratch, blocks)
     else:
@@ -132,6 +136,11 @@ def show(results: dict[str, Any]) -> None:
             moves.add_row(*cells)
     if moves.row_count:
         console.print(moves)
+    if "peers" in results:
+        others = Table("on disk, 32 MiB", "save + sync GB/s", "cold load GB/s", title="Others on the same bytes")
+        for name, row in results["peers"].items():
+            others.add_row(name, *(f"{row[key]:.2f}" for key in ("save_gb_per_second", "load_gb_per_second")))
+        console.print(others)
     single = Table("what", "value", title="Index and import")
     for name in SINGLE:
         if name in results:

@@ -12,8 +12,8 @@ from kvstore.bench.micro.host import LAYOUTS, NAMESPACE, prompt
 from kvstore.bench.micro.limits import PlainFile, Timing, compare, memory
 from kvstore.save import Draft
 
-TOTAL = 512 << 20  # payload bytes per measurement
-ROUNDS = 16  # measurements whose bytes the disk budget holds: 8 GiB, the default, and it is full
+TOTAL = 1 << 30  # payload bytes per measurement
+ROUNDS = 8  # measurements whose bytes the disk budget holds: 8 GiB, the default, and it is full
 
 
 def measure(size: str, folder: Path, repeats: int) -> dict[str, dict[str, Timing]]:
