@@ -48,6 +48,7 @@ class Eraser:
                 for i, kind in enumerate(index.kinds)
                 if (tenant is None or kind.tenant == tenant) and (owner is None or kind.owner == owner)
             }
+            deferred += residency.erase_doomed(wanted)  # superseded or expired, and held or being written
             numbers = [n for n in list(index.number.values()) if index.kind[n] in wanted and index.created[n] <= before]
             for number in sorted(numbers, key=index.sequence.__getitem__, reverse=True):
                 if index.present(number):

@@ -50,6 +50,7 @@ class Doomed:
     resident: Resident | None
     disk: int
     erase: bool
+    kind: int = NONE
 
 
 class Residency:
@@ -233,7 +234,7 @@ class Residency:
         disk = self._forget_disk(number, linked=False)
         if disk != NONE and self.disk is not None:
             self.disk.forget([index.sequence[number]])  # now, so that no restart brings it back
-        doomed = Doomed(self._forget_host(number, linked=False), disk, erase)
+        doomed = Doomed(self._forget_host(number, linked=False), disk, erase, index.kind[number])
         leased = number in index.leases
         if leased:
             self._doomed.setdefault(number, []).append(doomed)
@@ -251,6 +252,13 @@ class Residency:
         """Disk slots whose bytes are to be destroyed; the caller frees them afterwards. Locked."""
         taken, self._to_erase = self._to_erase, []
         return taken
+
+    def erase_doomed(self, kinds: set[int]) -> int:
+        """Has all that only leases keep alive erased when it goes; returns how much of it is of these kinds. Locked."""
+        waiting = [doomed for several in self._doomed.values() for doomed in several if not doomed.erase]
+        for doomed in waiting:
+            doomed.erase = True
+        return sum(doomed.kind in kinds for doomed in waiting)
 
     def not_erased(self, doomed: Sequence[Doomed]) -> None:
         """The disk would not destroy what ``take_erasable`` gave; the next try takes it again. Locked."""

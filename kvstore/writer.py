@@ -157,8 +157,10 @@ class Writer:
         residency = self._residency
         assert residency.disk is not None
         error: TierError | None = None
+        with residency.lock:  # what was forgotten meanwhile is not even indexed
+            alive = [w for w in batch if residency.residents.get(w.number) is w.resident]
         try:
-            residency.disk.commit([(w.address, w.header) for w in batch])
+            residency.disk.commit([(w.address, w.header) for w in alive])
         except TierError as failure:
             error = failure
             log.warning("%d blocks could not be made durable: %s", len(batch), failure)

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import shutil
+import tempfile
 import threading
 import time
 import zlib
@@ -55,6 +56,17 @@ def quick(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is one: these tests sync thousands of times, and no medium adds to them."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="kvstore-test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ from slots import (
 from kvstore.errors import TierError
 from kvstore.files import OsFiles
 from kvstore.layout import LayerShape, Layout
-from kvstore.tiers.disk import BACK_OFF_SECONDS, DiskTier
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.slots import BACK_OFF_SECONDS
 
 MIB = 1 << 20
 FULL = LAYOUT.full_slot_bytes

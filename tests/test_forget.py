@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from blocks import NS, ODD, SMALL, WIDE, found, ids, load_all, marks, namespace, recount, rows, save
-from gates import GatedTier, gated, only_on_disk
+from gates import GatedTier, Task, gated, only_on_disk
 
 import kvstore
 from kvstore import BadInput, Layout, Namespace, Store
@@ -131,6 +131,24 @@ def test_a_block_that_is_being_written(tmp_path: Path, where: str, fails: bool) 
         store.forget(owner="nobody")  # comes behind the erasing of what was deferred
         assert traces(tmp_path / "cache", tokens) == []
         assert recount(store) == []
+
+
+@pytest.mark.parametrize("where", ["write", "commit"])
+def test_a_superseded_tail_that_is_being_written(tmp_path: Path, where: str) -> None:
+    with gated(tmp_path / "cache") as (store, tier):
+        tokens = ids(1, 16)
+        gate = tier.gate(where, after=True)
+        saved = save(store, tokens[:9], owner="me")
+        waiter = Task(saved.wait)
+        gate.reached()
+        save(store, [*tokens[:9], *ids(2, 3)], owner="other")
+        assert store.forget(owner="me").deferred == 1
+        gate.open()
+        waiter.result()
+        store.flush()
+        store.forget(owner="nobody")
+        assert found(store, tokens).tokens == 9
+        assert sum(data.count(b"KVBLOCK1") for data in images(tmp_path / "cache").values()) == 1
 
 
 def test_a_leased_block_goes_with_its_last_lease(tmp_path: Path) -> None:

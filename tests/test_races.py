@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blocks import NS, SMALL, drafts, found, ids, load_all, recount, save, wrong
@@ -13,6 +12,7 @@ from gates import MIB, GatedTier, Task, fetches_are_over, gated, only_on_disk
 
 import kvstore
 from kvstore import Store, StoreClosed
+from kvstore.mover import WORKERS
 
 TOKENS = ids(1, 64)
 
@@ -93,9 +93,9 @@ def test_closing_in_the_middle_of_a_load_loses_nothing(tmp_path: Path) -> None:
     with gated(tmp_path / "cache") as (store, tier):
         save(store, many)
         only_on_disk(store)
-        gate = tier.gate("read", 4)
+        gate = tier.gate("read", WORKERS)
         load = store.load(found(store, many))
-        gate.reached(4)  # four are under way, eight wait
+        gate.reached(WORKERS)  # as many as there are workers are under way, the others wait
         waiter, closer = Task(lambda: load.wait(0)), Task(store.close)
         gate.open()
         closer.result()
@@ -157,10 +157,10 @@ def test_a_tail_that_is_superseded_while_it_is_written(pair: tuple[Store, GatedT
 
 def test_closing_while_a_write_takes_too_long_frees_those_who_wait(tmp_path: Path) -> None:
     with gated(tmp_path / "cache") as (store, tier):
-        gate = tier.gate("write", 4)
+        gate = tier.gate("write", WORKERS)
         saved = save(store, ids(1, 16 * 9))
         waiter = Task(saved.wait)
-        gate.reached(4)
+        gate.reached(WORKERS)
         closer = Task(lambda: store.close(timeout=0.01))
         while not store._residency.closed:  # it has waited long enough for the writes
             closer.join(0.001)
@@ -168,8 +168,8 @@ def test_closing_while_a_write_takes_too_long_frees_those_who_wait(tmp_path: Pat
             store.match(NS, SMALL, TOKENS)
         gate.open()
         closer.result()
-        assert waiter.result().tokens <= 64
-        assert saved.wait().tokens <= 64
+        assert waiter.result().tokens <= 16 * WORKERS
+        assert saved.wait().tokens <= 16 * WORKERS
     with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
         assert load_all(store, ids(1, 16 * 9)) == waiter.result().tokens
 
@@ -248,10 +248,10 @@ def test_what_cannot_be_written_stays_in_memory_and_is_said_not_to_be_durable(
 
 def test_room_for_drafts_comes_back_when_writes_go_on(tmp_path: Path) -> None:
     with gated(tmp_path / "cache", host=1 * MIB) as (store, tier):
-        gate = tier.gate("write", 4)
+        gate = tier.gate("write", WORKERS)
         for number in range(40):
             save(store, ids(number, 64))
-        gate.reached(4)
+        gate.reached(WORKERS)
         assert store.draft(SMALL) is None
         short = save(store, ids(99, 64))
         assert short.tokens == 0
@@ -272,45 +272,6 @@ def test_a_wait_tells_nothing_of_others_who_got_its_numbers(pair: tuple[Store, G
         save(store, ids(number, 64))
     store.flush()
     assert saved.wait() == (type(saved.wait()))(0, 0, 0)
-
-
-def test_a_parent_that_is_saved_anew_after_its_child_is_found_after_a_restart(tmp_path: Path) -> None:
-    for _ in range(2):  # the second time round from the first one's files
-        with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-            save(store, TOKENS[:16], owner="a")
-            save(store, TOKENS, owner="b")
-            store.forget(owner="a")
-            assert found(store, TOKENS).tokens == 0
-            assert save(store, TOKENS[:16], owner="a").tokens == 16
-            assert load_all(store, [*TOKENS, 0]) == 64
-        with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-            assert load_all(store, [*TOKENS, 0]) == 64
-            assert recount(store) == []
-
-
-def test_blocks_that_nothing_can_reach_give_their_room_back_at_open(tmp_path: Path) -> None:
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-        save(store, TOKENS[:16], owner="a")
-        save(store, TOKENS, owner="b")
-        store.forget(owner="a")
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-        assert store.stats()["tiers"]["disk"]["blocks"] == 0
-        disk: Any = store._residency.disk
-        assert [extent.live for extent in disk._slab.extents.values() if extent.live] == []
-        save(store, TOKENS)
-        assert load_all(store, [*TOKENS, 0]) == 64
-
-
-def test_after_a_restart_children_are_still_evicted_before_parents(tmp_path: Path) -> None:
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-        ticks = iter(range(1000, 2000))
-        store._residency.wall = lambda: float(next(ticks))
-        for length in range(16, 65, 16):
-            save(store, TOKENS[:length]).wait()
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
-        index = store._residency.index
-        order = list(store._residency.disk_policy.victims())
-        assert [index.parent[n] for n in order[:-1]] == order[1:]
 
 
 def test_a_draft_is_held_while_others_save(pair: tuple[Store, GatedTier]) -> None:

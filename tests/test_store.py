@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from blocks import NS, ODD, SMALL, WIDE, drafts, fill, found, ids, load_all, marks, namespace, recount, save, wrong
 
 import kvstore
-from kvstore import BadInput, ForkError, Layout, Store, StoreClosed
+from kvstore import BadInput, Layout, Store
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -158,7 +157,7 @@ def test_what_a_lease_holds_is_not_evicted(store: Store) -> None:
     save(store, tokens)
     load = store.load(found(store, tokens))
     for other in range(2, 200):
-        save(store, ids(other, 64))
+        save(store, ids(other, 64)).wait()
     assert store.stats()["counters"]["host_evicted_blocks"] > 0
     assert wrong(load, tokens) == []
     assert load.good_tokens() == 160
@@ -271,46 +270,3 @@ def test_a_chain_lives_for_its_ttl(store: Store) -> None:
     assert found(store, other).tokens == 0
     assert store.stats()["counters"]["expired_blocks"] == 6
     assert store.stats()["tiers"]["host"]["blocks"] == 0
-
-
-def test_after_close_every_call_says_so(tmp_path: Path) -> None:
-    tokens = ids(1, 20)
-    for path in (None, tmp_path / "cache"):
-        store = kvstore.open(path, host="1MiB", disk="8MiB")
-        saved, match = save(store, tokens), found(store, tokens)
-        load = store.load(match)
-        store.close()
-        store.close()
-        for call in (
-            lambda s=store: s.match(NS, SMALL, tokens),
-            lambda s=store, m=match: s.load(m),
-            lambda s=store: s.draft(SMALL),
-            lambda s=store: s.save(NS, SMALL, tokens, {}),
-            lambda s=store: s.forget(owner="x"),
-            lambda s=store: s.stats(),
-            lambda s=store: s.verify(),
-            lambda s=store: s.flush(),
-        ):
-            with pytest.raises(StoreClosed, match=r"kvstore\.open"):
-                call()
-        assert saved.wait().tokens == (0 if path is None else 20)
-        assert load.wait(0) and wrong(load, tokens) == []  # its memory is there as long as it is
-        load.release()
-
-
-def test_a_child_of_a_fork_is_told_to_open_its_own(store: Store) -> None:
-    save(store, ids(1, 40))
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            store.close()
-            store.match(NS, SMALL, [1, 2])
-        except ForkError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        assert b"kvstore.open in the child" in pipe.read()
-    os.waitpid(child, 0)
-    assert load_all(store, ids(1, 40)) == 39

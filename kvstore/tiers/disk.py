@@ -16,23 +16,21 @@ from dataclasses import replace
 
 from kvstore.block import Header
 from kvstore.errors import BadInput, TierError
-from kvstore.files import PAGE, Files
+from kvstore.files import Files
 from kvstore.tiers import inventory, rebuild
 from kvstore.tiers.base import Entry, Problem
 from kvstore.tiers.extents import Extents
 from kvstore.tiers.folder import Folder
 from kvstore.tiers.pending import Pending
-from kvstore.tiers.slab import SLOT_BITS, SLOT_MASK, Extent, Slab
+from kvstore.tiers.slab import SLOT_BITS
+from kvstore.tiers.slots import Slots
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
 MIN_CAPACITY = 4 * MIB
-MIN_EXTENT, MAX_EXTENT = MIB, 256 * MIB
-EXTENT_SLOTS = 4  # in an extent at least, so that large blocks do not make a file each
 SMALL_FILES = 64 << 10  # tag, lock, digest, folders
 LEFT_TO_OTHERS = 256 * MIB  # of the filesystem, or a twentieth of it if that is less
 Place = str | os.PathLike[str]
-BACK_OFF_SECONDS = 5.0  # after a file could not be made
 
 
 class DiskTier:
@@ -48,12 +46,9 @@ class DiskTier:
         if capacity is not None and capacity < MIN_CAPACITY:
             raise BadInput(f"a disk tier needs at least {MIN_CAPACITY >> 20} MiB, but {capacity} bytes were given")
         self._files = files
-        self._lock = threading.Lock()  # guards the slab against `erase`, which the store's lock does not hold back
         self._committing = threading.RLock()
-        self._taken = 0  # slots in use: as many blocks are in the index, or will be
         self._closed = False
         self._pid = os.getpid()
-        self._refused = files.monotonic() - BACK_OFF_SECONDS
         self._pending = Pending(files.monotonic())
         self.problems: list[Problem] = []  # found and mended at open
         self._folder = Folder(files, path, create=create)
@@ -74,18 +69,12 @@ class DiskTier:
                 f"the filesystem of {folder.path!r} has {space.total} bytes in all, not {capacity}; give less"
             )
         self._capacity = capacity if capacity is not None else max(space.total, MIN_CAPACITY)
-        self._room = min(LEFT_TO_OTHERS, space.total // 20)
-        found = self._extents.scan()
         network = folder.network()
         reserve = 0 if network else index_bytes or max(MIB, self._capacity // 32)
         self._index_limit = reserve // 2  # while it is written anew there are two
-        budget = max(0, self._capacity - reserve - SMALL_FILES - self._extents.foreign)
-        size = min(max(self._capacity // 64, MIN_EXTENT), MAX_EXTENT)
-        self._slab = Slab(budget, size, self._grow, self._shrink, overhead=PAGE, least=EXTENT_SLOTS)
-        self._slab.skip(self._extents.highest)
-        for extent in found:
-            self._slab.adopt(extent)
-        self._stale = {extent.number for extent in found}  # extents whose free slots may hold old bytes
+        extents, spare = self._extents, min(LEFT_TO_OTHERS, space.total // 20)
+        budget = self._capacity - reserve - SMALL_FILES
+        self._slots = Slots(files, folder.data, extents, self._capacity, budget, spare)
         if self._extents.damaged:  # a loss only if blocks were in them, which `load` sees
             log.warning("%s: torn or cut: %s", folder.data, ", ".join(self._extents.damaged))
         if self._extents.foreign:
@@ -93,7 +82,9 @@ class DiskTier:
         if network:
             log.warning("%s is on %s: the index is kept in memory and read anew", folder.data, network)
         place = None if network else f"{folder.data}/index"
-        self._catalog = rebuild.catalog(files, place, self._index_limit, self.read, self._slab.extents, self._note)
+        self._catalog = rebuild.catalog(
+            files, place, self._index_limit, self.read, self._slots.slab.extents, self._note
+        )
 
     def _note(self, what: str) -> None:
         log.warning("%s: %s", self._folder.data, what)
@@ -109,74 +100,33 @@ class DiskTier:
     @property
     def used(self) -> int:
         """Bytes that are taken: extents, index, and what is not ours among them."""
-        return self._slab.used + self._catalog.size + self._extents.foreign + SMALL_FILES
+        return self._slots.slab.used + self._catalog.size + self._extents.foreign + SMALL_FILES
 
     def reserve(self, slot_bytes: int) -> int | None:
         """See ``Tier``. Also None when the index has no room for one more block."""
-        with self._lock:
-            for number in list(self._extents.failed):
-                extent = self._slab.extents.get(number)
-                if extent is not None and not extent.live:
-                    self._slab.drop(extent)
-                    self._refused = self._files.monotonic()
-            if not self._catalog.room(self._taken + 1):
-                return None
-            address = self._slab.allocate(_whole(slot_bytes))
-            if address is None and self._pending.resting:
-                self._rouse(self._pending.resting)  # its write will have to wait until they are written down
-                address = self._slab.allocate(_whole(slot_bytes))
-            self._taken += address is not None
-            return address
+        return self._slots.reserve(slot_bytes) if self._catalog.room(self._slots.taken + 1) else None
 
     def headroom(self, slot_bytes: int) -> int:
         """See ``Tier``."""
-        size = _whole(slot_bytes)
-        with self._lock:
-            resting = sum(self._slab.slot_bytes(address) == size for address in self._pending.resting)
-            return (self._slab.free_slots(size) + resting) * size + max(self._slab.room, 0)
+        return self._slots.headroom(slot_bytes)
 
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """See ``Tier``."""
-        return self._slab.slot_bytes(address) == _whole(slot_bytes)
+        return self._slots.same_class(address, slot_bytes)
 
     def neighbours(self, address: int) -> Sequence[int]:
         """See ``Tier``."""
-        resting = self._pending.resting
-        return [other for other in self._slab.neighbours(address) if other not in resting]
+        return self._slots.neighbours(address)
 
     def free(self, address: int) -> None:
         """See ``Tier``. What lay there must have been forgotten before."""
-        with self._lock:
-            self._taken -= 1
-            self._pending.free(address)
-
-    def _rouse(self, addresses: Iterable[int]) -> None:
-        """Resting slots may be reserved again. With the lock."""
-        for address in self._pending.rouse(addresses):
-            self._slab.free(address)
-            self._stale.add(address >> SLOT_BITS)
-
-    def _grow(self, extent: Extent) -> bool:
-        if self._files.monotonic() - self._refused < BACK_OFF_SECONDS:
-            return False
-        try:
-            free = self._files.space(self._folder.data).free
-        except OSError:
-            return False
-        if free < extent.bytes + self._extents.planned_bytes + self._room:
-            return False
-        self._extents.plan(extent)
-        return True
-
-    def _shrink(self, extent: Extent) -> None:
-        self._extents.remove(extent.number)
-        self._stale.discard(extent.number)
+        self._slots.free(address)
 
     # --- bytes: from any thread
 
     def write(self, address: int, slot: memoryview) -> None:
         """See ``Tier``."""
-        if self._pending.named(address):
+        if self._slots.named(address):
             self.commit(())
         offset, length = self._place(address, 0, len(slot))
         with _translated(), self._extents.use(address >> SLOT_BITS) as handle:
@@ -192,11 +142,10 @@ class DiskTier:
                 raise TierError("the slot is cut short")
 
     def _place(self, address: int, offset: int, length: int) -> tuple[int, int]:
-        """Offset in the extent's file, and bytes of the whole slot."""
-        extent = self._slab.extents.get(address >> SLOT_BITS)
-        if extent is None or address & SLOT_MASK >= extent.slots or not 0 <= offset <= extent.slot_bytes - length:
+        place = self._slots.place(address, offset, length)
+        if place is None:
             raise TierError("no such place in a slot")
-        return PAGE + (address & SLOT_MASK) * extent.slot_bytes + offset, extent.slot_bytes
+        return place
 
     def commit(self, written: Sequence[tuple[int, Header]]) -> None:
         """See ``Tier``. Without blocks: writes down what was forgotten, used and remembered."""
@@ -206,16 +155,16 @@ class DiskTier:
 
     def _apply(self, written: Sequence[tuple[int, Header]], everything: bool = False) -> None:
         with self._committing:
-            change, freed = self._pending.change(written, self._files.monotonic(), everything)
+            freed = self._slots.freed()  # before the change: what was freed had been forgotten by then
+            change = self._pending.change(written, self._files.monotonic(), everything)
             try:
                 self._catalog.apply(change)
             except TierError:
                 if not change.used:
                     raise
                 self._catalog.apply(replace(change, used={}))  # times of use are not worth a block
-            self._pending.done(change, freed)
-            with self._lock:
-                self._rouse(freed)
+            self._pending.done(change)
+            self._slots.rested(freed)
 
     def forget(self, sequences: Iterable[int]) -> None:
         """See ``Tier``."""
@@ -242,38 +191,21 @@ class DiskTier:
         """See ``Tier``. Also zeroes every free slot that may hold old bytes, and writes the index anew."""
         with self._committing, _translated():
             self._apply((), everything=True)
-            with self._lock:
-                stale, self._stale = self._stale, set()
-                slots = {number: self._slab.seize(number) for number in stale}
-            try:
-                doomed = {number: list(free) for number, free in slots.items()}
-                for address in addresses:
-                    doomed.setdefault(address >> SLOT_BITS, []).append(address & SLOT_MASK)
-                for number, numbers in doomed.items():
-                    extent = self._slab.extents.get(number)
-                    if extent is not None:
-                        self._extents.zero(extent, numbers)
-                self._extents.tidy()
-                self._catalog.rewrite()
-            except BaseException:
-                with self._lock:
-                    self._stale |= stale
-                raise
-            finally:
-                with self._lock:
-                    for number, free in slots.items():
-                        self._slab.restore(number, free)
+            self._slots.zero(addresses)
+            self._extents.tidy()
+            self._catalog.rewrite()
 
     # --- the whole
 
     def load(self) -> Iterator[Entry]:
         """See ``Tier``. When the budget has become smaller, gives back the extents that were used longest ago."""
         snapshot = self._catalog.snapshot()
-        gone = inventory.beyond(self._slab, snapshot, self._catalog.size, self._index_limit)
+        slab = self._slots.slab
+        gone = inventory.beyond(slab, snapshot, self._catalog.size, self._index_limit)
         for extent in gone:
-            self._slab.drop(extent)
-        lost = inventory.claim(self._slab, snapshot)
-        self._taken = len(snapshot.addresses()) - len(lost)
+            slab.drop(extent)
+        lost = inventory.claim(slab, snapshot)
+        self._slots.taken = len(snapshot.addresses()) - len(lost)
         if lost and not gone:
             self._note(f"{len(lost)} blocks are lost: their extents are not there or damaged")
         if lost or gone:
@@ -311,8 +243,3 @@ def _translated() -> Iterator[None]:
         yield
     except OSError as error:
         raise TierError(f"disk: {error}") from error
-
-
-def _whole(size: int) -> int:
-    """Rounded up to whole pages."""
-    return -(-size // PAGE) * PAGE

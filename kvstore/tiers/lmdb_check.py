@@ -112,6 +112,8 @@ class Walk:
         free, main, last = self._newest()
         if not deep:
             return
+        if last * self._page > len(self._image) + 16 * self._page:  # a few may be taken and not yet written
+            raise Doubt("a meta page is damaged")
         self._seen = bytearray(last + 1)
         self._seen[:2] = b"\x01\x01"
         self._tree(main, "main")

@@ -12,19 +12,13 @@ TOUCH_SECONDS, TOUCH_COUNT = 60.0, 4096  # uses are written down when so old or 
 
 
 class Pending:
-    """Blocks forgotten, times of use, memos, and slots that were freed. Any method from any thread.
-
-    A freed slot *rests* until the index on the medium has stopped naming it, so that an indexed block is always whole;
-    if there is no other slot, it is reserved all the same, and its first write has that written down before.
-    """
+    """Blocks forgotten, times of use, and memos. Any method from any thread."""
 
     def __init__(self, now: float) -> None:
         self._lock = threading.Lock()
         self._forgotten: set[int] = set()
         self._used: dict[int, float] = {}
         self._memos: dict[str, str] = {}
-        self._freed: set[int] = set()
-        self._resting: set[int] = set()  # freed, and not yet given back to the slab
         self._touched = now
 
     def forget(self, sequences: Iterable[int]) -> None:
@@ -51,42 +45,18 @@ class Pending:
         with self._lock:
             return self._memos.get(name)
 
-    def free(self, address: int) -> None:
-        """A slot that was given back; the index on the medium may still name it."""
-        with self._lock:
-            self._freed.add(address)
-            self._resting.add(address)
-
-    @property
-    def resting(self) -> frozenset[int]:
-        """Slots that rest."""
-        with self._lock:
-            return frozenset(self._resting)
-
-    def rouse(self, addresses: Iterable[int]) -> list[int]:
-        """Ends the rest of those of ``addresses`` that rest; returns them."""
-        with self._lock:
-            roused = [address for address in addresses if address in self._resting]
-            self._resting.difference_update(roused)
-            return roused
-
-    def named(self, address: int) -> bool:
-        """Whether the index on the medium may still name a block there that is no more."""
-        return address in self._freed
-
-    def change(self, written: Sequence[tuple[int, Header]], now: float, everything: bool) -> tuple[Change, set[int]]:
-        """What to write now, and the slots that the index does not name any more once it is written."""
+    def change(self, written: Sequence[tuple[int, Header]], now: float, everything: bool) -> Change:
+        """What to write now."""
         with self._lock:
             late = everything or now - self._touched >= TOUCH_SECONDS or len(self._used) >= TOUCH_COUNT
             if late:
                 self._touched = now
             used = dict(self._used) if late else {}
-            return Change(written, frozenset(self._forgotten), used, dict(self._memos)), set(self._freed)
+            return Change(written, frozenset(self._forgotten), used, dict(self._memos))
 
-    def done(self, change: Change, freed: set[int]) -> None:
+    def done(self, change: Change) -> None:
         """The change is durable."""
         with self._lock:
             self._forgotten.difference_update(change.forgotten)
-            self._freed -= freed
             self._memos = {name: value for name, value in self._memos.items() if change.memos.get(name) != value}
             self._used = {key: when for key, when in self._used.items() if change.used.get(key) != when}
