@@ -35,6 +35,8 @@ TAG_NAME = b"n"
 TAG_VALUE = b"v"
 
 _LENGTH = struct.Struct("<Q")
+_PARENT = TAG_PARENT + _LENGTH.pack(KEY_BYTES)
+_TOKENS = TAG_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def root_key(namespace: Namespace, context: Sequence[bytes] = ()) -> bytes:
 
 def block_key(namespace: Namespace, parent: bytes, tokens: bytes, extras: Sequence[Extra] = ()) -> bytes:
     """Key of the block that holds ``tokens`` (little-endian uint32) behind ``parent``."""
-    data = b"p\x20\x00\x00\x00\x00\x00\x00\x00" + parent + b"i" + _LENGTH.pack(len(tokens)) + tokens
+    data = b"".join((_PARENT, parent, _TOKENS, _LENGTH.pack(len(tokens)), tokens))
     for extra in extras:
         data += encode([(TAG_EXTRA, b""), (TAG_NAME, extra.kind.encode()), (TAG_VALUE, extra.digest)])
     return blake2b(data, digest_size=KEY_BYTES, key=namespace.digest).digest()

@@ -11,7 +11,7 @@ from itertools import count
 
 log = logging.getLogger("kvstore")
 
-WORKERS = 5  # four transfers in flight, and one more while a worker makes a group durable
+WORKERS = 8  # a few transfers in flight while others take checksums or make a group durable
 
 
 class Priority(IntEnum):

@@ -10,7 +10,6 @@ invisible at once, given back when the last lease ends.
 
 from __future__ import annotations
 
-import gc
 import heapq
 import threading
 import time
@@ -178,44 +177,20 @@ class Residency:
         self.disk_payload += payload
         self.disk_policy.insert(number, payload)
 
-    def restore(self) -> None:
-        """Takes in what the disk tier holds (at open, before any other thread knows of this). Parents come first."""
-        disk, index = self.disk, self.index
-        assert disk is not None
-        collecting = gc.isenabled()
-        gc.disable()  # millions of objects come in and none of them is garbage: the collector would only look for it
-        try:
-            order, lost = index.restore(disk.load())
-            bytes_per_token = [kind.layout.token_payload for kind in index.kinds]
-            kind, count, insert = index.kind, index.count, self.disk_policy.insert
-            for number in order:
-                payload = bytes_per_token[kind[number]] * count[number]
-                self.disk_payload += payload
-                insert(number, payload)
-        finally:
-            if collecting:
-                gc.enable()
-        for number, when in enumerate(index.expires):
-            if when:
-                self.expire_at(number, when)
-        for entry in lost:
-            disk.forget([entry.sequence])
-            disk.free(entry.address)
-        if lost:
-            self.counters.add("unreachable_blocks", len(lost))
-        last = max(max(index.sequence, default=0), max((entry.sequence for entry in lost), default=0))
-        self.sequences = counter(last + 1)
-
     def payload(self, number: int) -> int:
         """Bytes of a block's tokens, without padding. Locked."""
         return self.index.kind_of(number).layout.token_payload * self.index.count[number]
 
     def drop_host(self, number: int) -> None:
         """Evicts a block's host copy. Locked."""
+        self.host.free(self.take_host(number))
+
+    def take_host(self, number: int) -> int:
+        """Evicts a block's host copy, whose slot is the caller's now. Locked."""
         resident = self._forget_host(number)
-        if resident is not None:
-            self.host.free(resident.address)
+        assert resident is not None
         self.index.sweep(number)
+        return resident.address
 
     def drop_disk(self, number: int) -> None:
         """Evicts a block's disk copy. Locked."""

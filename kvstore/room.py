@@ -8,23 +8,27 @@ from kvstore.eviction import victims
 from kvstore.families import NONE
 from kvstore.residency import Residency
 
-EVICT_AHEAD = 256 << 20  # bytes that are kept free on disk at most, so that a write finds a slot that is ready
+EVICT_AHEAD = 512 << 20  # bytes that are kept free on disk at most, so that a write finds a slot that is ready
 
 
 def reserve_host(residency: Residency, slot_bytes: int) -> int | None:
     """A host slot, evicting what may go; None when leases and unwritten blocks hold the rest. Locked."""
-    address = residency.host.reserve(slot_bytes)
-    groups = victims(
-        slot_bytes, residency.host, residency.host_policy, partial(_host_address, residency), residency.residents
-    )
-    while address is None and (group := next(groups, None)) is not None:
+    host = residency.host
+    address = host.reserve(slot_bytes)
+    if address is not None:
+        return address
+    groups = victims(slot_bytes, host, residency.host_policy, partial(_host_address, residency), residency.residents)
+    for group in groups:
+        residency.counters.add("host_evicted_blocks", len(group))
+        if len(group) == 1 and host.same_class(residency.residents[group[0]].address, slot_bytes):
+            return residency.take_host(group[0])  # one slot for another of its class, without a detour
         for number in group:
             residency.drop_host(number)
-        residency.counters.add("host_evicted_blocks", len(group))
-        address = residency.host.reserve(slot_bytes)
-    if address is None:
-        residency.counters.add("host_full")
-    return address
+        address = host.reserve(slot_bytes)
+        if address is not None:
+            return address
+    residency.counters.add("host_full")
+    return None
 
 
 def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
@@ -37,7 +41,7 @@ def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
         return None
     disk = residency.disk
     address = disk.reserve(slot_bytes)
-    low = min(EVICT_AHEAD, disk.capacity // 32)
+    low = min(EVICT_AHEAD, disk.capacity // 16)
     if address is not None and disk.headroom(slot_bytes) >= low:
         return address
     numbers = range(len(residency.index.key))

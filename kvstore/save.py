@@ -24,13 +24,12 @@ class Draft:
     Dropping it gives the slot back.
     """
 
-    __slots__ = ("_home", "_owned", "_pointer", "_view", "address", "checksums", "layout")
+    __slots__ = ("_home", "_owned", "_pointer", "address", "checksums", "layout")
 
     def __init__(self, residency: Residency, layout: Layout, address: int) -> None:
         self.layout = layout
         self.address = address
         self.checksums: array[int] | None = None
-        self._view = residency.host.view(address)
         self._pointer = residency.host.pointer(address) + layout.header_bytes
         self._home = residency
         self._owned = True
@@ -44,13 +43,14 @@ class Draft:
         start = layout.header_bytes + layout.layer_offsets(layout.block_tokens)[layer]
         middle = start + layout.key_bytes(layer, layout.block_tokens)
         end = middle + layout.value_bytes(layer, layout.block_tokens)
-        return self._view[start:middle], self._view[middle:end]
+        view = self._home.host.view(self.address)
+        return view[start:middle], view[middle:end]
 
     @property
     def payload(self) -> memoryview:
         """Writable payload of the whole block."""
         header = self.layout.header_bytes
-        return self._view[header : header + self.layout.payload_bytes(self.layout.block_tokens)]
+        return self._home.host.view(self.address)[header : header + self.layout.payload_bytes(self.layout.block_tokens)]
 
     def fill(self, payload: memoryview, check: bool = False) -> None:
         """Copies a whole block's payload in. With ``check`` its checksums are taken in the same pass over memory.
@@ -123,6 +123,7 @@ class Saver:
         chain: list[int] = []
         new: list[int] = []
         visible = fresh = 0
+        whole = layout.block_tokens * TOKEN_BYTES
         with residency.lock:
             residency.check_open()
             residency.settle()
@@ -140,7 +141,7 @@ class Saver:
                 if number != NONE and index.present(number):
                     if index.expires[number] and (not expires or expires > index.expires[number]):
                         index.expires[number] = expires
-                elif (cover := self._cover(parent, piece, layout)) != NONE:
+                elif len(piece) < whole and (cover := self._cover(parent, piece, layout)) != NONE:
                     number = cover
                 else:
                     draft = drafts.get(i)
@@ -154,9 +155,8 @@ class Saver:
                 parent = number
             residency.host_policy.touch(chain)
             residency.disk_policy.touch(chain)
-            counts = [len(piece) // TOKEN_BYTES for piece in pieces]
-            sequences = [(n, index.sequence[n], tokens) for n, tokens in zip(chain, counts, strict=False)]
-            for number in new:
+            sequences = [(n, index.sequence[n], len(p) // TOKEN_BYTES) for n, p in zip(chain, pieces, strict=False)]
+            for number in new if residency.disk is not None else ():
                 if index.count[number] == layout.block_tokens:
                     self._writer.enqueue(number)
         for draft in drafts.values():
@@ -166,8 +166,6 @@ class Saver:
 
     def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
         """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""
-        if len(piece) == layout.block_tokens * TOKEN_BYTES:
-            return NONE
         index = self._residency.index
         child, common = index.best_child(parent, piece, self._residency.wall())
         covers = child != NONE and common * TOKEN_BYTES == len(piece) and index.same_layout(child, layout)

@@ -20,6 +20,7 @@ from kvstore.match import Match
 from kvstore.mover import Mover
 from kvstore.policy import EvictionPolicy
 from kvstore.residency import Residency
+from kvstore.restore import restore
 from kvstore.room import reserve_host
 from kvstore.save import Draft, Saved, Saver
 from kvstore.tiers.base import Problem, Tier
@@ -60,7 +61,7 @@ class Store:
         self._notes: dict[str, str] = {}  # ``remember`` without a disk
         self._known = Known(self._recall, self._remember)
         if disk is not None:
-            self._residency.restore()
+            restore(self._residency, disk)
 
     def __enter__(self) -> Store:
         return self

@@ -20,7 +20,7 @@ from kvstore.room import reserve_disk
 
 log = logging.getLogger("kvstore")
 
-COMMIT_BLOCKS, COMMIT_BYTES = 32, 128 << 20  # of written blocks that become durable together, at most
+COMMIT_BLOCKS, COMMIT_BYTES = 128, 256 << 20  # of written blocks that become durable together, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,13 @@ def leaks(threads: set[threading.Thread], descriptors: dict[int, str], patience:
                 thread.join(timeout=0.05)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def brief_collections() -> None:
+    """What earlier modules and their frameworks left is no garbage: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a thread or a file descriptor behind; `@pytest.mark.leaky` lets one through."""

@@ -274,4 +274,3 @@ def test_what_is_not_ours_is_left_alone(folder: Path, book: Book) -> None:
     tier.close()
     assert all(path.read_bytes() == data for path, data in before.items())
     assert holds(folder, b"future") == [str(folder / "v2/data")]
-

@@ -26,7 +26,7 @@ FLOORS = (
     "tiers policies families",
     "index mover eviction match",
     "known residency",
-    "room fetch erasure",
+    "room fetch erasure restore",
     "writer",
     "load save",
     "store",
@@ -48,7 +48,19 @@ THIRD_PARTY = {
     "cli": {"rich", "typer"},
 }
 # They see no concrete tier or policy, but for host memory, which every byte passes through: the one tier of its kind.
-ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "residency", "room", "fetch", "erasure", "writer"}
+ONLY_PORTS = {
+    "index",
+    "mover",
+    "eviction",
+    "match",
+    "known",
+    "residency",
+    "restore",
+    "room",
+    "fetch",
+    "erasure",
+    "writer",
+}
 ONLY_PORTS |= {"load", "save", "store"}
 PORTS = {"tiers.base", "tiers.host"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def measure(size: str, folder: Path, repeats: int) -> dict[str, dict[str, Timing
     try:
         with kvstore.open(folder / f"save-{size}", host=int(slots * 2.6), disk=int(slots * ROUNDS * 1.05)) as store:
             source = memory(TOTAL)
-            ready: list[tuple[list[int], dict[int, Draft]]] = []
+            ready: list[tuple[array[int], dict[int, Draft]]] = []
 
             def draft_new() -> None:
                 ready[:] = [(prompt(random.randrange(1 << 60), tokens), _drafts(store, size, source, count))]
@@ -84,9 +85,9 @@ def _drafts(store: Store, size: str, source: memoryview, count: int) -> dict[int
     return dict(enumerate(drafts))
 
 
-def _load_cold(store: Store, size: str, ids: list[int]) -> Any:
+def _load_cold(store: Store, size: str, ids: array[int]) -> Any:
     layout = LAYOUTS[size]
-    match = store.match(NAMESPACE, layout, [*ids, 0])
+    match = store.match(NAMESPACE, layout, ids + array("I", [0]))
     assert match.tokens_by_tier["host"] == 0, "the load is not cold"
     load = store.load(match)
     assert load.tokens == len(ids), f"only {load.tokens} of {len(ids)} tokens could be started"

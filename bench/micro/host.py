@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,12 @@ TOTAL = 256 << 20  # payload bytes per measurement and thread
 VOCABULARY = 1 << 17
 
 
-def prompt(seed: int, tokens: int) -> list[int]:
-    """Token ids of a prompt."""
-    rng = random.Random(seed)
-    return [rng.randrange(VOCABULARY) for _ in range(tokens)]
+def prompt(seed: int, tokens: int) -> array[int]:
+    """Token ids of a prompt, in a buffer as engines hold them."""
+    return array("I", random.Random(seed).choices(range(VOCABULARY), k=tokens))
 
 
-def save_chain(store: Store, layout: Layout, ids: list[int], source: memoryview, check: bool = False) -> Saved:
+def save_chain(store: Store, layout: Layout, ids: array[int], source: memoryview, check: bool = False) -> Saved:
     """Saves a chain of whole blocks whose payloads lie one after the other in ``source``."""
     size = layout.payload_bytes(layout.block_tokens)
     drafts = store.drafts(layout, len(ids) // layout.block_tokens)
@@ -36,9 +36,9 @@ def save_chain(store: Store, layout: Layout, ids: list[int], source: memoryview,
     return store.save(NAMESPACE, layout, ids, dict(enumerate(drafts)))
 
 
-def load_chain(store: Store, layout: Layout, ids: list[int], target: memoryview, check: bool = False) -> None:
+def load_chain(store: Store, layout: Layout, ids: array[int], target: memoryview, check: bool = False) -> None:
     """Loads all of a chain's blocks into ``target``."""
-    load = store.load(store.match(NAMESPACE, layout, [*ids, 0]))
+    load = store.load(store.match(NAMESPACE, layout, ids + array("I", [0])))
     written = load.read_into(target, check=check)
     assert written == len(target), f"{written} of {len(target)} bytes came back"
     load.release()
@@ -68,12 +68,12 @@ def measure(size: str, threads: int, repeats: int) -> dict[str, Timing]:
         for i in range(threads):
             assert targets[i] == sources[i], "the bytes that came back are not those that were saved"
         for name, check in (("host_save", False), ("host_save_checked", True)):
-            fresh: list[list[int]] = []
+            fresh: list[array[int]] = []
 
-            def new_prompts(fresh: list[list[int]] = fresh) -> None:
+            def new_prompts(fresh: list[array[int]] = fresh) -> None:
                 fresh[:] = [prompt(random.randrange(1 << 60), tokens) for _ in range(threads)]
 
-            def save(i: int, check: bool = check, fresh: list[list[int]] = fresh) -> Any:
+            def save(i: int, check: bool = check, fresh: list[array[int]] = fresh) -> Any:
                 return save_chain(store, layout, fresh[i], sources[i], check=check)
 
             result[name] = compare(limit, _each(threads, save), repeats, prepare=new_prompts)
