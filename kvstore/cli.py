@@ -123,25 +123,21 @@ def _watch(run: Replay, conversations: list[Any]) -> None:
 def verify(
     dir: Annotated[Path, typer.Argument(metavar="DIR", help="A cache directory.", show_default=False)],
 ) -> None:
-    import kvstore
+    from kvstore.config import verify as found
 
     if not (dir / "CACHEDIR.TAG").is_file():
         raise BadInput(f"{dir} is not a cache directory of kvstore; give the folder that --dir or kvstore.open() named")
-    with kvstore.open(dir, host="64MiB", disk=_room_for(dir)) as store:
-        problems = store.verify()
-        blocks = store.stats()["tiers"]["disk"]["blocks"]
+    seen = found(dir)
+    blocks = next(seen)
+    with Console(stderr=True).status(f"reading {blocks} blocks"):
+        problems = [problem for problem in seen if not isinstance(problem, int)]
     for problem in problems:
-        print(problem)
+        print(f"block {problem.key[:16]}: {problem.what}" if problem.key else problem.what)
     print(
         f"{blocks} blocks read, {len(problems)} with problems" if problems else f"{blocks} blocks read, all as written"
     )
     if problems:
         raise typer.Exit(1)
-
-
-def _room_for(dir: Path) -> int:
-    """A budget at least as large as what is there: looking must not make anything smaller."""
-    return max(1 << 30, 2 * sum(path.stat().st_size for path in dir.rglob("*") if path.is_file()))
 
 
 @contextmanager

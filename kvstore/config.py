@@ -16,7 +16,10 @@ from kvstore.store import Store
 from kvstore.tiers.host import HostTier
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvstore.files import Files
+    from kvstore.tiers.base import Problem
 
 MIN_HOST = 1 << 20
 MIN_DISK = 4 << 20
@@ -103,6 +106,22 @@ def open(
             return Store(HostTier(host_bytes), None, LRU(), LRU())
         _open[place] = _Shared(store, 1)
         return store
+
+
+def verify(path: str | os.PathLike[str]) -> Iterator[int | Problem]:
+    """Reads every block of a directory that no process has open; changes nothing.
+
+    Yields first how many blocks there are, then what is wrong. Raises ``BadInput`` when it is no cache.
+    """
+    from kvstore.files import OsFiles
+    from kvstore.tiers.disk import DiskTier
+
+    tier = DiskTier(OsFiles(), str(_place(path)), None, create=False)
+    try:
+        yield sum(1 for _ in tier.load())
+        yield from tier.verify()
+    finally:
+        tier.close()
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
