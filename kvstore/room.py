@@ -13,22 +13,34 @@ EVICT_AHEAD = 512 << 20  # bytes that are kept free on disk at most, so that a w
 
 def reserve_host(residency: Residency, slot_bytes: int) -> int | None:
     """A host slot, evicting what may go; None when leases and unwritten blocks hold the rest. Locked."""
-    host = residency.host
-    address = host.reserve(slot_bytes)
-    if address is not None:
-        return address
-    groups = victims(slot_bytes, host, residency.host_policy, partial(_host_address, residency), residency.residents)
-    for group in groups:
-        residency.counters.add("host_evicted_blocks", len(group))
+    found = reserve_hosts(residency, slot_bytes, 1)
+    return found[0] if found else None
+
+
+def reserve_hosts(residency: Residency, slot_bytes: int, count: int) -> list[int]:
+    """Up to ``count`` host slots, evicting what may go. Locked."""
+    host, found, evicted = residency.host, list[int](), 0
+    while len(found) < count and (address := host.reserve(slot_bytes)) is not None:
+        found.append(address)
+    if len(found) == count:
+        return found
+    address_of = partial(_host_address, residency)
+    for group in victims(slot_bytes, host, residency.host_policy, address_of, residency.residents):
+        evicted += len(group)
         if len(group) == 1 and host.same_class(residency.residents[group[0]].address, slot_bytes):
-            return residency.take_host(group[0])  # one slot for another of its class, without a detour
-        for number in group:
-            residency.drop_host(number)
-        address = host.reserve(slot_bytes)
-        if address is not None:
-            return address
-    residency.counters.add("host_full")
-    return None
+            found.append(residency.take_host(group[0]))  # one slot for another of its class, without a detour
+        else:
+            for number in group:
+                residency.drop_host(number)
+            while len(found) < count and (address := host.reserve(slot_bytes)) is not None:
+                found.append(address)
+        if len(found) == count:
+            break
+    else:
+        residency.counters.add("host_full")
+    if evicted:
+        residency.counters.add("host_evicted_blocks", evicted)
+    return found
 
 
 def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:

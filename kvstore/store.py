@@ -21,7 +21,7 @@ from kvstore.mover import Mover
 from kvstore.policy import EvictionPolicy
 from kvstore.residency import Residency
 from kvstore.restore import restore
-from kvstore.room import reserve_host
+from kvstore.room import reserve_hosts
 from kvstore.save import Draft, Saved, Saver
 from kvstore.tiers.base import Problem, Tier
 from kvstore.tiers.host import HostTier
@@ -135,12 +135,7 @@ class Store:
         with residency.lock:
             residency.check_open()
             residency.settle()
-            drafts = []
-            for _ in range(count):
-                address = reserve_host(residency, size)
-                if address is None:
-                    break
-                drafts.append(Draft(residency, layout, address))
+            drafts = [Draft(residency, layout, address) for address in reserve_hosts(residency, size, count)]
             residency.drafts += len(drafts)
         return drafts
 
