@@ -100,6 +100,10 @@ class Index:
             self._root_keys.append(root_key)
         return found
 
+    def chains(self, root_key: bytes) -> int:
+        """How many present first blocks hang on this root."""
+        return self.families.size(self._roots[root_key]) if root_key in self._roots else 0
+
     def root_key(self, root: int) -> bytes:
         """Key of the root with this pseudo number."""
         return self._root_keys[NONE - 1 - root]
@@ -178,8 +182,7 @@ class Index:
         chain = [number]
         while (number := self.parent[number]) >= 0:
             chain.append(number)
-        chain.reverse()
-        return chain
+        return chain[::-1]
 
     # -- change ------------------------------------------------------------------------------------------------
 
@@ -251,10 +254,7 @@ class Index:
             (sequence, address, key, above, namespace, tenant, owner, layout,
              tokens, stride, created, expires, when, root, _) = entry
             # fmt: on
-            if root:
-                parent = self.root(above)
-            else:
-                parent = number.get(above, NONE)
+            parent = self.root(above) if root else number.get(above, NONE)
             if parent == NONE or key in number:
                 apart.append(entry)
                 continue

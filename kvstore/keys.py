@@ -77,6 +77,9 @@ class Namespace:
     fingerprint: Fingerprint
     tenant: str = ""
 
+    def __post_init__(self) -> None:
+        name_bytes(self.tenant, "tenant")
+
     @cached_property
     def digest(self) -> bytes:
         """32 bytes; the key of every hash in this namespace."""
@@ -97,6 +100,14 @@ class Namespace:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Namespace) and self.digest == other.digest
+
+
+def name_bytes(name: str, what: str) -> bytes:
+    """A name as UTF-8. Raises ``BadInput`` when it cannot be written so; ``what`` says whose name it is."""
+    try:
+        return name.encode()
+    except (UnicodeEncodeError, AttributeError):
+        raise BadInput(f"{what}={name!r} is no text that can be stored; use a plain string") from None
 
 
 def encode(items: Iterable[tuple[bytes, bytes]]) -> bytes:

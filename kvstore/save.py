@@ -10,7 +10,7 @@ from kvstore.block import address_of, copy_checked
 from kvstore.errors import BadInput
 from kvstore.families import NONE
 from kvstore.index import Kind
-from kvstore.keys import TOKEN_BYTES, Namespace, block_key
+from kvstore.keys import TOKEN_BYTES, Namespace, block_key, name_bytes
 from kvstore.layout import Layout
 from kvstore.residency import Residency, Resident
 from kvstore.writer import Durable, Writer
@@ -114,8 +114,10 @@ class Saver:
         writer: str,
     ) -> Saved:
         """Publishes the blocks of a chain; takes over all ``drafts``. See ``Store.save``."""
-        if max(map(len, (owner.encode(), namespace.tenant.encode(), writer.encode()))) > MAX_NAME:
+        names = (name_bytes(owner, "owner"), namespace.tenant.encode(), name_bytes(writer, "writer"))
+        if max(map(len, names)) > MAX_NAME:
             raise BadInput(f"owner, tenant and writer may take {MAX_NAME} bytes each; use a shorter name or a digest")
+        shared = Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
         keys, pieces = _keys(namespace, layout, tokens)
         residency = self._residency
         now = residency.wall()
@@ -128,9 +130,7 @@ class Saver:
             residency.check_open()
             residency.settle()
             index = residency.index
-            kind = index.intern(
-                Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
-            )
+            kind = index.intern(shared)
             parent = index.root(namespace.root)
             for i, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
                 number = index.number.get(key, NONE)

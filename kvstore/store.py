@@ -108,8 +108,7 @@ class Store:
             host = sum(used for number, used in blocks if number in residents)
             if residency.disk is not None:
                 residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
-            root = index.root(namespace.root)
-            miss = self._known.explain(namespace, found.tokens, limit, index.families.size(root))
+            miss = self._known.explain(namespace, found.tokens, limit, index.chains(namespace.root))
         residency.counters.add("matched_tokens", found.tokens)
         residency.counters.add("asked_tokens", limit)
         tiers = {"host": host, "disk": found.tokens - host}

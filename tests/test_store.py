@@ -270,3 +270,17 @@ def test_a_chain_lives_for_its_ttl(store: Store) -> None:
     assert found(store, other).tokens == 0
     assert store.stats()["counters"]["expired_blocks"] == 6
     assert store.stats()["tiers"]["host"]["blocks"] == 0
+
+
+def test_names_that_cannot_be_written_are_refused(store: Store) -> None:
+    with pytest.raises(BadInput, match="tenant"):
+        namespace("\ud800")
+    with pytest.raises(BadInput, match="owner"):
+        save(store, ids(1, 20), owner="\ud800")
+
+
+def test_a_match_of_strangers_leaves_nothing_behind(store: Store) -> None:
+    before = len(store._residency.index._roots)
+    for number in range(20):
+        assert store.match(namespace(f"stranger {number}"), SMALL, ids(1, 20)).tokens == 0
+    assert len(store._residency.index._roots) == before
