@@ -50,12 +50,6 @@ class Mover:
             self._ready.notify()
             return True
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that have not started."""
-        with self._ready:
-            return len(self._heap)
-
     def close(self) -> None:
         """Drops the jobs that have not started, waits for those that have, joins the threads."""
         with self._ready:

@@ -19,7 +19,6 @@ TAG_TEXT = b"""Signature: 8a477f597d28d172789f06886806bc55
 # while no kvstore process has it open. https://bford.info/cachedir/ says what this file is for.
 """
 _OURS = b"kvstore"
-_VERSION = re.compile(r"v\d+")
 _NETWORK = re.compile(
     r"nfs4?|cifs|smb.*|9p|afs|ceph|gluster.*|lustre|gpfs|beegfs|pvfs2|orangefs|ncpfs"
     r"|fuse\.(ssh|gluster|ceph|s3|gcsfuse|rclone|juice|moose).*"
@@ -96,10 +95,6 @@ class Folder:
             for name in self._files.names(folder):
                 if name.startswith(TEMPORARY):
                     self._files.remove(os.path.join(folder, name))
-
-    def other_versions(self) -> list[str]:
-        """Folders of other format versions, which are left alone."""
-        return [name for name in self._files.names(self.path) if _VERSION.fullmatch(name) and name != VERSION_FOLDER]
 
     def network(self) -> str:
         """Type of the filesystem when it is a network's, else an empty string."""

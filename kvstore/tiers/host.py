@@ -17,7 +17,6 @@ from pathlib import Path
 
 from kvstore.block import address_of
 from kvstore.errors import BadInput
-from kvstore.layout import Layout
 from kvstore.tiers.slab import SLOT_BITS, Extent, Slab
 
 MIN_EXTENT = 1 << 20
@@ -102,11 +101,6 @@ class HostTier:
     def erase(self, address: int) -> None:
         """Overwrites a slot with zeros."""
         _memset(self.pointer(address), 0, self._slab.slot_bytes(address))
-
-    def prepare(self, layout: Layout) -> None:
-        """Starts touching memory for blocks of ``layout`` ahead of their use. Under the store's lock."""
-        if not self._slab.free_slots(layout.full_slot_bytes):
-            self._slab.extend(layout.full_slot_bytes)
 
     def close(self) -> None:
         """Stops the thread and lets go of the memory; views that are still held keep theirs alive."""
