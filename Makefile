@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test check bench soak clean
+.PHONY: install demo test check bench gpu soak clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ check: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p out
 	@$(BIN)/python -m kvstore.bench.micro --json out/micro.json
+
+# Installs nothing: a CUDA machine brings its own torch and triton.
+gpu:
+	@if test -x $(BIN)/python; then run=$(BIN)/python; else run=$(PYTHON); fi; $$run -m kvstore.bench.gpu
 
 soak: $(STAMP)
 	@$(BIN)/pytest -m soak --timeout 7200

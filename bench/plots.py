@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kvstore.bench.replay import Row
+from kvstore.bench.timeline import LANES, Bar, lanes
+
+Data = TypeVar("Data")
 
 # Drawn in these, and handed to the page as var(--name).
 PALETTE = {
@@ -23,9 +26,11 @@ PALETTE = {
     "grid": "#d0d1d2",
     "recompute": "#d0743a",
     "reuse": "#13877b",
+    "device": "#7f9a21",
     "host": "#13877c",
     "disk": "#5b6fd0",
     "remote": "#a05bc4",
+    "card": "#fdfefc",
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -52,14 +57,18 @@ STYLE: dict[Any, Any] = {
     "ytick.minor.size": 0,
     "legend.frameon": False,
 }
-MOST_CONVERSATIONS = 24  # in the timeline
+MOST_CONVERSATIONS = 24  # in the plot of their waiting
+WIDE = 13.4  # inches of a plot that takes a whole row of the page; its letters are as large as those of the others
+LANE_COLOURS = dict(zip(LANES, ("disk", "host", "recompute"), strict=True))
+LABEL_POINTS = 5.6  # that a digit in a bar takes
+THINNEST = 0.0015  # of the plot's width: a bar that can be seen
 
 
-def drawn(draw: Callable[[Axes, Sequence[Row]], None], rows: Sequence[Row], height: float = 3.1) -> str:
+def drawn(draw: Callable[[Axes, Data], None], data: Data, height: float = 3.1, width: float = 6.4) -> str:
     """One plot as an inline <svg>."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
-        figure = Figure(figsize=(6.4, height), layout="constrained")
-        draw(figure.add_subplot(), rows)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot(), data)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return _inlined(buffer.getvalue(), draw.__name__)
@@ -163,3 +172,51 @@ def waiting_by_conversation(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("waiting for first tokens, ms, one segment a turn")
     handles = [Patch(color=PALETTE[arm], label=arm) for arm in ("recompute", "reuse")]
     _legend(axes, handles=handles)
+
+
+def load_timeline(axes: Axes, timeline: dict[str, Any]) -> None:
+    """What was done for each layer of one hit and when: a lane for each kind of work, a bar for each layer."""
+    end = max(span["end_ms"] for span in timeline["spans"])
+    middles, names, place = [], [], 0.0
+    for kind, rows in lanes(timeline["spans"]):
+        for row in rows:
+            ends = [bar.begin for bar in row[1:]] + [end]
+            for number, (bar, room) in enumerate(zip(row, ends, strict=True)):
+                axes.barh(
+                    place,
+                    max(bar.end - bar.begin, THINNEST * end),
+                    left=bar.begin,
+                    height=0.86,
+                    color=PALETTE[LANE_COLOURS[kind]],
+                    alpha=0.95 if number % 2 == 0 else 0.76,
+                    linewidth=0,
+                )
+                _number(axes, bar, place, room, end)
+            place += 1
+        middles.append(place - len(rows) / 2 - 0.5)
+        names.append(kind)
+        place += 0.45  # between lanes
+    axes.set_yticks(middles, names)
+    axes.tick_params(axis="y", labelcolor=PALETTE["ink"])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, end)
+    axes.set_xlabel("ms since the first of this work began; numbers are layers")
+
+
+def timeline_height(timeline: dict[str, Any]) -> float:
+    """Inches that ``load_timeline`` needs."""
+    return 0.9 + 0.34 * max(2, sum(len(rows) for _, rows in lanes(timeline["spans"])))
+
+
+def _number(axes: Axes, bar: Bar, place: float, room: float, end: float) -> None:
+    """The label of a bar: in it, or behind it when only there is room (which ends at ``room``), or nowhere."""
+    points = axes.figure.get_figwidth() * 72 * 0.92 / end  # type: ignore[union-attr]
+    needed = (LABEL_POINTS * len(bar.label) + 2) / points
+    if bar.end - bar.begin >= needed:
+        at, align, colour = (bar.begin + bar.end) / 2, "center", "card"
+    elif room - bar.end >= 2 * needed:
+        at, align, colour = bar.end + needed / 2, "left", "muted"
+    else:
+        return
+    axes.text(at, place, bar.label, ha=align, va="center_baseline", fontsize=8.5, color=PALETTE[colour])

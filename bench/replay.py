@@ -18,6 +18,7 @@ from kvstore.bench.conversation import Conversation, TokenIds
 from kvstore.bench.encoders import Encoder, token_ids
 from kvstore.bench.measure import answer, chunk_noise, difference, recompute
 from kvstore.bench.models import Subject
+from kvstore.bench.timeline import Timed
 from kvstore.store import Store
 
 NOISE_SAMPLES = 6  # turns on which the noise of other chunks is measured, besides those whose tokens differ
@@ -45,7 +46,7 @@ class Row:
 
 @dataclass
 class Replay:
-    """A replay in progress: `run` yields a row for every turn."""
+    """A replay in progress: `run` yields a row for every turn. `timed` is the turn that most tokens were loaded for."""
 
     subject: Subject
     store: Store
@@ -54,6 +55,7 @@ class Replay:
     interleave: bool = False
     rows: list[Row] = field(default_factory=list)
     noise_samples: Counter[str] = field(default_factory=Counter)
+    timed: Timed | None = None
 
     def run(self, conversations: Sequence[Conversation]) -> Iterator[Row]:
         """Measures every turn, conversation by conversation or in rounds over all of them."""
@@ -80,6 +82,9 @@ class Replay:
         cached = hit.cached_tokens
         assert isinstance(cached, int)  # one prompt, not a batch
         reused = answer(model, ids[:, cached:], hit.cache, self.tokens, plain.fed if plain else (), started)
+        spans = hit.timeline
+        if spans and cached > (self.timed.cached_tokens if self.timed else 0):
+            self.timed = Timed(conversation.id, number + 1, cached, spans)
         saving = time.perf_counter()
         if self.tokens > 1:
             hit.cache.crop(1 - self.tokens)  # the log's reply comes next, not what the model just said

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
+from kvstore.adapters.transformers.timeline import FETCH, LOAD
 from kvstore.bench import plots
 from kvstore.bench.replay import Row
 
@@ -20,6 +21,7 @@ PLOTS = (
     (plots.ttft_distribution, "Time to first token, all turns", "the share of turns that had to wait no longer"),
     (plots.waiting_by_conversation, "Waiting, by conversation", "what its user waited for first tokens, turn by turn"),
 )
+TIMELINE = "One load, layer by layer"
 
 
 def seconds(value: float) -> str:
@@ -42,21 +44,40 @@ def html(result: dict[str, Any], rows: Sequence[Row]) -> str:
     """The whole page, with nothing in it that has to be fetched."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     environment.filters.update(seconds=seconds, size=size)
-    conversations = min(plots.MOST_CONVERSATIONS, result["conversations"])
-    drawings = []
-    for draw, title, note in PLOTS:
-        height = max(3.1, 0.6 + 0.3 * conversations) if draw is plots.waiting_by_conversation else 3.1
-        drawings.append({"title": title, "note": note, "svg": Markup(plots.drawn(draw, rows, height))})
     ttft = result["ttft_seconds"]
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         result=result,
-        plots=drawings,
+        plots=drawings(result, rows),
         share=share(result),
         speedup=speedup(ttft, "p50"),
         order="in rounds over all conversations" if result["settings"]["interleave"] else "one after the other",
         latencies=latencies(result),
         facts=facts(result),
     )
+
+
+def drawings(result: dict[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every plot with its title and its note. The timeline of a load is there when something was loaded."""
+    conversations = min(plots.MOST_CONVERSATIONS, result["conversations"])
+    made = []
+    for draw, title, note in PLOTS:
+        height = max(3.1, 0.6 + 0.3 * conversations) if draw is plots.waiting_by_conversation else 3.1
+        made.append({"title": title, "note": note, "svg": Markup(plots.drawn(draw, rows, height)), "wide": False})
+    timeline = result["timeline"]
+    if timeline is not None:
+        svg = plots.drawn(plots.load_timeline, timeline, plots.timeline_height(timeline), plots.WIDE)
+        made.append({"title": TIMELINE, "note": caption(timeline), "svg": Markup(svg), "wide": True})
+    return made
+
+
+def caption(timeline: dict[str, Any]) -> str:
+    """What the timeline of a load shows, in words."""
+    kinds = {span["kind"] for span in timeline["spans"]}
+    work = " and ".join(name for kind, name in ((FETCH, "fetching"), (LOAD, "loading")) if kind in kinds)
+    loading, computing = (seconds(timeline[key] / 1e3) for key in ("loading_ms", "compute_ms"))
+    turn = f"{timeline['conversation']}, turn {timeline['turn']}: {timeline['cached_tokens']:,} tokens reused"
+    hidden = f"{timeline['overlap']:.0%} of it hidden under earlier layers"
+    return f"{turn} · {work} took {loading} beside {computing} of compute, {hidden}"
 
 
 def share(result: dict[str, Any]) -> float:

@@ -48,6 +48,7 @@ def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, A
         "bytes_held_by_tier": {name: int(tier["bytes"]) for name, tier in stats["tiers"].items()},
         "counters": dict(sorted(stats["counters"].items())),
         "environment": environment(),
+        "timeline": replay.timed.as_json() if replay.timed else None,
         "rows": [asdict(row) for row in rows],
     }
 

@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 import msgpack
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from xxhash import xxh3_128_digest
 
+from kvstore.checksum import copy_digests, digests
 from kvstore.errors import BadInput, Corrupt
 from kvstore.keys import KEY_BYTES, TOKEN_BYTES
 from kvstore.layout import MAX_LAYERS, PIECE_BYTES, LayerShape, Layout
@@ -32,7 +33,6 @@ CODEC_PLAIN = 0
 KIND_OPAQUE = 2
 FORMS = ("pre", "rotated", "opaque")
 MAX_METADATA = 16 << 20
-STEP_BYTES = 256 << 10  # copied and checked while it is in the core's cache
 MAX_NUMBER = 1 << 63
 assert PIECE.size == PIECE_BYTES
 _TYPES = {
@@ -99,38 +99,16 @@ def address_of(buffer: object) -> int:
 
 def checksums(layout: Layout, stride: int, payload: memoryview) -> array[int]:
     """One xxh3_64 per piece of ``payload``. Lets other threads run while it reads."""
-    digest = xxh3_64_intdigest
-    return array("Q", [digest(payload[p.offset : p.offset + p.length]) for p in layout.pieces(stride)])
+    address = None if payload.readonly else address_of(payload)
+    return digests(layout, stride, payload, address, 0, len(layout.pieces(stride)))
 
 
 def copy_checked(target: memoryview, source: memoryview, layout: Layout, stride: int) -> array[int]:
     """Copies a payload and takes the checksums of what was copied, in one pass over memory.
 
-    Copies in steps that stay in the core's cache, so that the checksum costs no second trip. Both buffers must be
-    writable (their addresses are needed). Returns one xxh3_64 per piece of ``target``.
+    Both buffers must be writable (their addresses are needed). Returns one xxh3_64 per piece of ``target``.
     """
-    sums = array("Q")
-    append, digest = sums.append, xxh3_64_intdigest
-    to, of = address_of(target), address_of(source)
-    for begin, end, pieces in _steps(layout, stride):
-        ctypes.memmove(to + begin, of + begin, end - begin)
-        for first, last in pieces:
-            append(digest(target[first:last]))
-    return sums
-
-
-@lru_cache(maxsize=256)
-def _steps(layout: Layout, stride: int) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-    """Byte ranges of about ``STEP_BYTES`` that end with a piece, and the pieces in each."""
-    steps: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
-    begin, pieces = 0, [(p.offset, p.offset + p.length) for p in layout.pieces(stride)]
-    group: list[tuple[int, int]] = []
-    for piece in pieces:
-        group.append(piece)
-        if piece[1] - begin >= STEP_BYTES or piece is pieces[-1]:
-            steps.append((begin, piece[1], tuple(group)))
-            begin, group = piece[1], []
-    return tuple(steps)
+    return copy_digests(layout, stride, target, address_of(target), address_of(source))
 
 
 def bad_pieces(header: Header, payload: memoryview, first: int, last: int, base: int = 0) -> Iterator[tuple[int, int]]:
@@ -139,14 +117,14 @@ def bad_pieces(header: Header, payload: memoryview, first: int, last: int, base:
     ``payload`` starts at payload offset ``base``.
     """
     assert header.checksums is not None
-    pieces = header.layout.pieces(header.stride)
-    digest, sums = xxh3_64_intdigest, header.checksums
-    start, stop = _piece_range(header.layout, first), _piece_range(header.layout, last)
-    for number in range(start, stop):
-        piece = pieces[number]
-        begin = piece.offset - base
-        if digest(payload[begin : begin + piece.length]) != sums[number]:
-            yield piece.layer, number
+    layout = header.layout
+    start, stop = _piece_range(layout, first), _piece_range(layout, last)
+    address = None if payload.readonly or not payload else address_of(payload)
+    sums, expected = digests(layout, header.stride, payload, address, start, stop, base), header.checksums[start:stop]
+    if sums != expected:
+        for number, piece in enumerate(layout.pieces(header.stride)[start:stop]):
+            if sums[number] != expected[number]:
+                yield piece.layer, start + number
 
 
 @lru_cache(maxsize=65536)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kvstore.errors import BadInput, StoreBusy
+from kvstore.hot import Hot
 from kvstore.policies.lru import LRU
 from kvstore.store import Store
 from kvstore.tiers.host import HostTier
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MIN_HOST = 1 << 20
 MIN_DISK = 4 << 20
+MIN_DEVICE = 1 << 20
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
@@ -69,6 +72,8 @@ def open(
     *,
     host: str | int = "1GiB",
     disk: str | int = "8GiB",
+    device: str | int | None = None,
+    device_name: str = "cuda",
     on_busy: Literal["error", "memory"] = "error",
     files: Files | None = None,
 ) -> Store:
@@ -78,6 +83,11 @@ def open(
     has open already is shared (its budgets stand, and it closes with the last who closes); one that another process
     holds raises ``StoreBusy``, or, with ``on_busy="memory"``, gives a store in memory. ``files`` is the door to the
     operating system (tests inject faults).
+
+    ``device`` is the budget of a tier on the device ``device_name`` ("cuda", "cuda:1", "cpu"), which is taken at once
+    and keeps what was loaded last where the engine is; 0: none. With it (0 too), host memory is pinned for CUDA as it
+    comes into use. What cannot be had (no such device, no memory left on it, no pinning) is done without, with a line
+    in the log and a gauge in ``stats``. Needs torch; without ``device`` none is imported.
 
     Raises ``BadInput`` for sizes that make no sense and for a directory that is not a cache.
     """
@@ -89,8 +99,9 @@ def open(
         raise BadInput(f"disk={disk!r} is too small for an index and a block; give at least 4MiB")
     if on_busy not in ("error", "memory"):
         raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error" or "memory"')
+    wanted = _device_bytes(device, device_name)
     if path is None:
-        return Store(HostTier(host_bytes), None, LRU(), LRU())
+        return _in_memory(host_bytes, wanted, device_name)
     place = _place(path)
     with _changed:
         while (shared := _open.get(place)) is not None and not shared.users:
@@ -99,11 +110,11 @@ def open(
             shared.users += 1
             return shared.store.share()
         try:
-            store = _open_directory(place, host_bytes, disk_bytes, files)
+            store = _open_directory(place, host_bytes, disk_bytes, files, wanted, device_name)
         except StoreBusy:
             if on_busy == "error":
                 raise
-            return Store(HostTier(host_bytes), None, LRU(), LRU())
+            return _in_memory(host_bytes, wanted, device_name)
         _open[place] = _Shared(store, 1)
         return store
 
@@ -134,15 +145,53 @@ def _place(path: str | os.PathLike[str]) -> Path:
         raise BadInput(f"{text!r} names no directory: {error}; give another") from error
 
 
-def _open_directory(place: Path, host: int, disk: int, files: Files | None) -> Store:
+def _device_bytes(device: str | int | None, name: str) -> int | None:
+    """The device tier's budget; None: neither a tier nor pinned memory."""
+    text: object = name
+    if not isinstance(text, str) or not _DEVICE.fullmatch(text):
+        raise BadInput(f'device_name={text!r} is no device; write "cuda", "cuda:1" or "cpu"')
+    if device is None:
+        return None
+    size = 0 if device == 0 and not isinstance(device, bool) else size_bytes(device, "device")
+    if 0 < size < MIN_DEVICE:
+        raise BadInput(f"device={device!r} is too small to hold a block; give at least 1MiB, or 0 for no tier")
+    try:
+        import kvstore.tiers.device  # noqa: F401
+    except ImportError as error:
+        raise BadInput("a device tier needs torch; install it, or leave out device=") from error
+    return size
+
+
+def _host(size: int, device: int | None, name: str) -> HostTier:
+    if device is None or name == "cpu":
+        return HostTier(size)
+    from kvstore.tiers.device import CudaPins, present
+
+    return HostTier(size, CudaPins(name) if present(name) else None)
+
+
+def _hot(device: int | None, name: str) -> Hot | None:
+    if device is None:
+        return None
+    from kvstore.tiers.device import DeviceTier
+
+    return Hot(DeviceTier(device, name), LRU())
+
+
+def _in_memory(host: int, device: int | None, name: str) -> Store:
+    return Store(_host(host, device, name), None, LRU(), LRU(), hot=_hot(device, name))
+
+
+def _open_directory(place: Path, host: int, disk: int, files: Files | None, device: int | None, name: str) -> Store:
     # Imported here, so that a store in memory needs no LMDB.
     from kvstore.files import OsFiles
     from kvstore.tiers.disk import DiskTier
 
-    memory = HostTier(host)
+    memory = _host(host, device, name)
     tier = DiskTier(files or OsFiles(), str(place), disk)
     try:
-        return Store(memory, tier, LRU(), LRU(), lambda: _let_go(place), lambda: _gone(place))
+        hot = _hot(device, name)
+        return Store(memory, tier, LRU(), LRU(), lambda: _let_go(place), lambda: _gone(place), hot)
     except BaseException:
         tier.close()
         raise

@@ -66,11 +66,34 @@ class Eraser:
         self.erase()
 
     def erase(self, always: bool = False) -> int:
-        """Destroys what is to be destroyed on disk; returns how many blocks it could not (at least one, if any)."""
+        """Destroys what is to be destroyed on the device and on disk; returns how many blocks it could not (at least
+        one, if any)."""
         with self._erasing:
-            return self._erase(always)
+            return self._erase_device() + self._erase_disk(always)
 
-    def _erase(self, always: bool) -> int:
+    def _erase_device(self) -> int:
+        residency, hot = self._residency, self._residency.hot
+        if hot is None:
+            return 0
+        with residency.lock:
+            slots = hot.take_erasable()
+        if not slots:
+            return 0
+        try:
+            hot.tier.erase([slot.address for slot in slots]).wait()
+        except TierError as error:
+            log.warning("forgotten blocks are not yet erased from the device: %s", error)
+            residency.counters.add("failed_erases")
+            with residency.lock:
+                hot.not_erased(slots)
+            return len(slots)
+        with residency.lock:
+            for slot in slots:
+                hot.tier.free(slot.address)
+        residency.counters.add("device_erased_blocks", len(slots))
+        return 0
+
+    def _erase_disk(self, always: bool) -> int:
         residency = self._residency
         with residency.lock:
             doomed = residency.take_erasable()

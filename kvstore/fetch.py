@@ -32,6 +32,7 @@ class Fetch:
         self.ready = 0  # layers that are in memory and verified, as bits
         self.failed = False
         self.cancelled = False  # failed, but nothing is wrong with the block
+        self.times: dict[int, tuple[float, float]] = {}  # part -> when it was read and checked (time.perf_counter)
         self._left = len(self.parts)  # parts that are not over
 
     def wait(self, layer: int, deadline: float) -> bool:
@@ -47,11 +48,28 @@ class Fetch:
         """``wait`` for every layer."""
         return all(self.wait(first, deadline) for first, _ in self.parts)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are there."""
+        with self.progress:
+            return self.ready == (1 << len(self.offsets) - 1) - 1
+
     def arrive(self, first: int, last: int) -> None:
         """Layers ``first`` to ``last - 1`` are in memory and verified."""
         with self.progress:
             self.ready |= (1 << last) - (1 << first)
             self.progress.notify_all()
+
+    def took(self, part: int, begin: float, end: float) -> None:
+        """Notes when a part was read and checked."""
+        with self.progress:
+            self.times[part] = (begin, end)
+
+    def time_of(self, layer: int) -> tuple[float, float] | None:
+        """When the part with this layer was read and checked; None when it was not."""
+        part = next(number for number, (first, last) in enumerate(self.parts) if first <= layer < last)
+        with self.progress:
+            return self.times.get(part)
 
     def fail(self) -> bool:
         """The rest will not come; True the first time."""

@@ -6,6 +6,7 @@ Payload of a block that has room for ``stride`` tokens: ``[layer][K then V][head
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,6 +142,14 @@ class Layout:
             table = self._tables[stride] = _pieces(self, stride)
         return table
 
+    def spans(self, stride: int) -> array[int]:
+        """Offset and length of each piece, int64, one after the other: ``pieces`` as kernels read them."""
+        spans = self._spans.get(stride)
+        if spans is None:
+            spans = array("q", [number for piece in self.pieces(stride) for number in (piece.offset, piece.length)])
+            self._spans[stride] = spans
+        return spans
+
     def key_bytes(self, layer: int, stride: int) -> int:
         """Bytes of all heads' keys in one layer."""
         shape = self.layers[layer]
@@ -158,6 +167,10 @@ class Layout:
 
     @cached_property
     def _tables(self) -> dict[int, tuple[Piece, ...]]:
+        return {}
+
+    @cached_property
+    def _spans(self) -> dict[int, array[int]]:
         return {}
 
 

@@ -21,6 +21,7 @@ from itertools import count as counter
 
 from kvstore.errors import StoreClosed
 from kvstore.families import NONE
+from kvstore.hot import Hold, Hot
 from kvstore.index import Index
 from kvstore.layout import Layout
 from kvstore.metrics import Counters
@@ -61,11 +62,12 @@ class Residency:
         disk: Tier | None,
         host_policy: EvictionPolicy,
         disk_policy: EvictionPolicy,
+        hot: Hot | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # a write or a fetch has settled
-        self.host, self.disk = host, disk
+        self.host, self.disk, self.hot = host, disk, hot
         self.host_policy, self.disk_policy = host_policy, disk_policy
         self.counters = Counters()
         self.index = Index(disk.tokens if disk is not None else lambda _: None)
@@ -79,6 +81,7 @@ class Residency:
         self._doomed: dict[int, list[Doomed]] = {}
         self._to_erase: list[Doomed] = []
         # Filled by finalizers, which may run anywhere and so take no lock; taken in by ``settle``.
+        self._ended_loads: deque[Hold] = deque()
         self._ended_leases: deque[Sequence[int]] = deque()
         self._abandoned_slots: deque[int] = deque()
         self._expiring: list[tuple[float, int, int]] = []  # (when, number, sequence), a heap
@@ -116,13 +119,19 @@ class Residency:
 
     def hold(self, numbers: Iterable[int]) -> None:
         """Takes one lease on each block. Locked."""
-        leases = self.index.leases
         for number in numbers:
-            leases[number] = leases.get(number, 0) + 1
+            self.index.leases[number] = self.index.leases.get(number, 0) + 1
 
     def lease_ended(self, numbers: Sequence[int]) -> None:
         """Called by finalizers: no lock is taken."""
         self._ended_leases.append(numbers)
+
+    def load_ended(self, hold: Hold) -> None:
+        """Called by finalizers: no lock is taken."""
+        if hold.slots or hold.events:
+            self._ended_loads.append(hold)
+        else:
+            hold.lease.release()
 
     def slot_abandoned(self, address: int) -> None:
         """A draft was dropped; called by finalizers: no lock is taken."""
@@ -130,6 +139,16 @@ class Residency:
 
     def settle(self) -> None:
         """Takes in what finalizers have handed over. Locked."""
+        for _ in range(len(self._ended_loads)):
+            hold = self._ended_loads.popleft()
+            slots, hold.slots = hold.slots, []
+            hold.events = [event for event in hold.events if not event.done()]
+            if self.hot is not None and self.hot.done(slots, hold.events):
+                self.erase_soon()
+            if hold.events:
+                self._ended_loads.append(hold)
+            else:
+                hold.lease.release()
         while self._ended_leases:
             self.unhold(self._ended_leases.popleft())
         while self._abandoned_slots:
@@ -141,10 +160,9 @@ class Residency:
         """Ends one lease on each block. Locked."""
         leases, index = self.index.leases, self.index
         for number in numbers:
-            left = leases[number] - 1
-            assert left >= 0
-            if left:
-                leases[number] = left
+            leases[number] -= 1
+            assert leases[number] >= 0
+            if leases[number]:
                 continue
             del leases[number]
             for doomed in self._doomed.pop(number, ()):
@@ -205,13 +223,12 @@ class Residency:
         index = self.index
         if not index.present(number):
             return False
-        index.unlink(number)
+        self._leave(number, erase)
         disk = self._forget_disk(number, linked=False)
         if disk != NONE and self.disk is not None:
             self.disk.forget([index.sequence[number]])  # now, so that no restart brings it back
         doomed = Doomed(self._forget_host(number, linked=False), disk, erase, index.kind[number])
-        leased = number in index.leases
-        if leased:
+        if leased := number in index.leases:
             self._doomed.setdefault(number, []).append(doomed)
         else:
             self._give_back(doomed)
@@ -230,6 +247,8 @@ class Residency:
 
     def erase_doomed(self, kinds: set[int]) -> int:
         """Has all that only leases keep alive erased when it goes; returns how much of it is of these kinds. Locked."""
+        if self.hot is not None:
+            self.hot.erase_leaving()
         waiting = [doomed for several in self._doomed.values() for doomed in several if not doomed.erase]
         for doomed in waiting:
             doomed.erase = True
@@ -251,6 +270,12 @@ class Residency:
             else:
                 self.disk.free(doomed.disk)
 
+    def _leave(self, number: int, erase: bool = False) -> None:
+        """Neither memory nor disk has the block any more; so the device may not, either."""
+        self.index.unlink(number)
+        if self.hot is not None:
+            self.hot.drop(number, erase)
+
     def _forget_host(self, number: int, linked: bool = True) -> Resident | None:
         resident = self.residents.pop(number, None)
         if resident is None:
@@ -258,7 +283,7 @@ class Residency:
         self.host_policy.remove(number)
         self.host_payload -= resident.payload
         if linked and self.index.disk[number] == NONE:
-            self.index.unlink(number)
+            self._leave(number)
         self.index.tokens.pop(number, None)
         return resident
 
@@ -268,7 +293,7 @@ class Residency:
         if address == NONE:
             return NONE
         if linked and number not in index.tokens:
-            index.unlink(number)
+            self._leave(number)
         index.disk[number] = NONE
         self.disk_policy.remove(number)
         self.disk_payload -= self.payload(number)

@@ -11,11 +11,13 @@ from typing import Any
 from kvstore.erasure import Eraser, Receipt
 from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
 from kvstore.families import NONE
+from kvstore.hot import Hot
 from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
 from kvstore.known import Known
 from kvstore.layout import Layout
 from kvstore.lease import Lease
-from kvstore.load import Load, Loader
+from kvstore.load import Load
+from kvstore.loader import Loader
 from kvstore.match import Match
 from kvstore.mover import Mover
 from kvstore.policy import EvictionPolicy
@@ -23,6 +25,7 @@ from kvstore.residency import Residency
 from kvstore.restore import restore
 from kvstore.room import reserve_hosts
 from kvstore.save import Draft, Saved, Saver
+from kvstore.tensors.streams import ThreadStream
 from kvstore.tiers.base import Problem, Tier
 from kvstore.tiers.host import HostTier
 from kvstore.writer import Writer
@@ -46,10 +49,11 @@ class Store:
         disk_policy: EvictionPolicy,
         on_close: Callable[[], bool] = lambda: True,
         closed: Callable[[], None] = lambda: None,
+        hot: Hot | None = None,
     ) -> None:
         """``on_close`` says whether this call of ``close`` is the last of those who share the store; ``closed`` is
         called when the last has let go of everything."""
-        self._residency = Residency(host, disk, host_policy, disk_policy)
+        self._residency = Residency(host, disk, host_policy, disk_policy, hot)
         self._mover = Mover(on_error=lambda: self._residency.counters.add("failed_jobs"))
         self._loader = Loader(self._residency, self._mover)
         self._writer = Writer(self._residency, self._mover)
@@ -104,23 +108,34 @@ class Store:
             residency.hold(numbers)
             residency.host_policy.touch(numbers)
             residency.disk_policy.touch(numbers)
-            residents = residency.residents
-            host = sum(used for number, used in blocks if number in residents)
+            residents, hot = residency.residents, residency.hot
+            tiers = {"device": 0, "host": 0, "disk": 0}
+            for number, used in blocks:
+                on_device = hot is not None and number in hot
+                tiers["device" if on_device else "host" if number in residents else "disk"] += used
             if residency.disk is not None:
                 residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
             miss = self._known.explain(namespace, found.tokens, limit, index.chains(namespace.root))
         residency.counters.add("matched_tokens", found.tokens)
         residency.counters.add("asked_tokens", limit)
-        tiers = {"host": host, "disk": found.tokens - host}
         lease = Lease(numbers, residency.lease_ended)
         return Match(layout, blocks, lease, found.tokens, tiers, miss, tokens[: found.tokens * TOKEN_BYTES])
 
-    def load(self, match: Match) -> Load:
-        """Starts bringing what was matched to host memory, layer 0 first; the load takes over the match's lease."""
+    def load(self, match: Match, device: bool = False) -> Load:
+        """Starts bringing what was matched to host memory, layer 0 first; the load takes over the match's lease.
+
+        With ``device``, for an engine whose caches are on the device of the device tier: what is there stays there,
+        and the rest gets slots there, as far as there is room, which the caller fills (``Place.slot``).
+        """
         self._alive()
-        return self._loader.load(match)
+        return self._loader.load(match, device)
 
     # -- writing -----------------------------------------------------------------------------------------------
+
+    def worker(self) -> ThreadStream:
+        """A thread of the store's for work that adapters want done beside the engine's; ends with the store."""
+        self._alive()
+        return self._loader.worker()
 
     def draft(self, layout: Layout) -> Draft | None:
         """A private host slot to write one block into; None when memory is short, and the save ends before it."""
@@ -185,7 +200,8 @@ class Store:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Per tier ``bytes`` (payload), ``blocks``, ``capacity`` and ``used`` (all bytes taken); counters; leases."""
+        """Per tier ``bytes`` (payload), ``blocks``, ``capacity`` and ``used`` (all bytes taken); gauges; counters;
+        leases. The device's blocks are copies of what other tiers hold."""
         residency = self._alive()
         with residency.lock:
             residency.settle()
@@ -204,9 +220,15 @@ class Store:
                     "capacity": residency.disk.capacity,
                     "used": residency.disk.used,
                 }
+            gauges, hot = residency.host.gauges(), residency.hot
+            if hot is not None:
+                tiers["device"] = hot.account(residency.payload)
+                gauges |= hot.tier.gauges()
             leases, drafts = len(residency.index.leases), residency.drafts
         counters = residency.counters.snapshot()
-        return {"tiers": tiers, "counters": counters, "leases": leases, "drafts": drafts}
+        if hot is not None:
+            counters["device_evicted_blocks"] = hot.evicted_blocks
+        return {"tiers": tiers, "gauges": gauges, "counters": counters, "leases": leases, "drafts": drafts}
 
     def remember(self, name: str, value: str) -> None:
         """Keeps a small string beside the blocks (a checkpoint's digest), on disk where there is one."""
@@ -259,14 +281,18 @@ class Store:
             with residency.lock:
                 residency.closed = True
             self._mover.close()
-            self._loader.abort()
+            self._loader.close()
             self._writer.abort()
+            with residency.lock:
+                residency.settle()
             self._eraser.erase()
             if residency.disk is not None:
                 residency.disk.close()
         except TierError as error:
             log.warning("the disk tier could not be closed well: %s", error)
         finally:
+            if residency.hot is not None:
+                residency.hot.tier.close()
             with residency.lock:
                 residency.host.close()
             self._when_closed()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore import compiled
+
 # Before anything imports the libraries that read these; processes that tests start inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing
 os.environ.setdefault(
@@ -120,6 +122,7 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("leaky"):
         return
+    compiled.idle(timeout=60)  # its thread ends by itself once what was asked for is built
     left = leaks(threads, descriptors)
     if left:
         pytest.fail("left behind: " + ", ".join(left))

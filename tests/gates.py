@@ -12,6 +12,7 @@ from typing import Any, cast
 from kvstore import Store
 from kvstore.errors import TierError
 from kvstore.files import Files, OsFiles
+from kvstore.hot import Hot
 from kvstore.policies.lru import LRU
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
@@ -92,10 +93,12 @@ class GatedTier:
 
 
 @contextmanager
-def gated(path: Path, host: int = 8 * MIB, disk: int = 64 * MIB, files: Files | None = None) -> Iterator[Any]:
+def gated(
+    path: Path, host: int = 8 * MIB, disk: int = 64 * MIB, files: Files | None = None, hot: Hot | None = None
+) -> Iterator[Any]:
     """(store, its tier behind gates); closed at the end."""
     tier = GatedTier(DiskTier(files or OsFiles(), str(path), disk))
-    store = Store(HostTier(host), cast(Tier, tier), LRU(), LRU())
+    store = Store(HostTier(host), cast(Tier, tier), LRU(), LRU(), hot=hot)
     try:
         yield store, tier
     finally:

@@ -48,6 +48,13 @@ def second_turn(model: Any, reuse: Any, ids: torch.Tensor, seed: int) -> tuple[i
     return hit.cached_tokens, logits, tokens
 
 
+def leases_left(store: kvstore.Store) -> int:
+    """Leases that are held when nothing is being brought ahead of a model any more."""
+    store.worker().record().wait()
+    left: int = store.stats()["leases"]
+    return left
+
+
 def attach(family: str, store: Any, **options: Any) -> tuple[Any, Any]:
     """A model of a family, joined to a store in small blocks."""
     model = build(family)

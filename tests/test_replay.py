@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_runs import leases_left
 
 import kvstore
 from kvstore.adapters.transformers import Reuse
@@ -15,8 +16,9 @@ from kvstore.bench.conversation import Chat, Conversation, Message, TokenIds, Tu
 from kvstore.bench.encoders import WordEncoder, token_ids
 from kvstore.bench.models import Subject, tiny_llama
 from kvstore.bench.replay import Replay, Row, check, ordered
+from kvstore.block import address_of
 from kvstore.errors import BadInput
-from kvstore.load import Load, Piece
+from kvstore.load import Load, Piece, Place
 
 HEAD_DIM = 32
 DEMO = Path(logs.__file__).parent / "data" / "demo.json"
@@ -71,7 +73,7 @@ def test_hits_are_token_exact_and_outputs_equal(
         layout = run.reuse.layout
         store.flush()
         held = store.stats()["tiers"]["disk"]["bytes"]
-        assert store.stats()["leases"] == 0
+        assert leases_left(store) == 0
         result = summary.summarize(run, "tau", {})
     prompts = encoded(subject, chats, interleave)
     assert [row.prompt_tokens for row in run.rows] == [len(prompt) for prompt in prompts]
@@ -88,7 +90,7 @@ def test_scarce_memory_costs_hits_and_changes_nothing(tmp_path: Path, subject: S
     """Memory for a few blocks: saves end early, loads are cut, the disk serves; the outputs stay what they are."""
     with kvstore.open(tmp_path / "cache", host="1MiB", disk="256MiB") as store:
         result = summary.summarize(replayed(subject, store, logs.read(DEMO), interleave=True), "demo", {})
-        assert store.stats()["leases"] == 0
+        assert leases_left(store) == 0
     assert result["tokens_equal"] and result["max_logit_difference"] < 20 * result["logit_noise"]
     assert result["counters"]["host_evicted_blocks"] > 0
     assert result["tokens_by_tier"]["disk"] > 0
@@ -123,21 +125,24 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def load(self, match: Any) -> Any:
-        return FaultyLoad(self.store.load(match), self.spoil)
+    def load(self, match: Any, device: bool = False) -> Any:
+        return FaultyLoad(self.store.load(match, device), self.spoil)
 
 
 @dataclasses.dataclass
 class FaultyLoad:
     load: Load
     spoil: Any
+    pieces_of: dict[int, list[Piece]] = dataclasses.field(default_factory=dict)  # by layer; they must stay
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.load, name)
 
-    def pieces(self, layer: int) -> list[Piece]:
-        pieces: list[Piece] = self.spoil(self.load.pieces(layer))
-        return pieces
+    def places(self, layer: int) -> list[Place]:
+        spoiled = self.pieces_of.setdefault(layer, self.spoil(self.load.pieces(layer)))
+        return [
+            Place(address_of(piece.keys), address_of(piece.values), piece.stride, piece.tokens) for piece in spoiled
+        ]
 
 
 def unharmed(pieces: list[Piece]) -> list[Piece]:
@@ -206,6 +211,10 @@ def test_what_the_result_holds(subject: Subject) -> None:
     assert result["turns"] == len(run.rows) == 4
     assert result["prompt_tokens"] == sum(row.prompt_tokens for row in run.rows)
     assert set(result["bytes_by_tier"]) >= {"host"}
+    timeline = result["timeline"]
+    assert timeline["cached_tokens"] == max(row.cached_tokens for row in run.rows)
+    assert {(span["kind"], span["layer"]) for span in timeline["spans"]} >= {("load", 0), ("compute", 1)}
+    assert min(span["begin_ms"] for span in timeline["spans"]) == 0.0 and 0 <= timeline["overlap"] <= 1
     for latency in ("ttft_seconds", "tpot_seconds"):
         for arm in ("recompute", "reuse"):
             assert 0 < result[latency][arm]["p50"] <= result[latency][arm]["p99"]

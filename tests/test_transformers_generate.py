@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import build, prompt
-from hf_runs import attach, stored_prompt
+from hf_runs import attach, leases_left, stored_prompt
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,7 +21,7 @@ NEW = 24
 def store() -> Iterator[Store]:
     with kvstore.open(host="64MiB") as store:
         yield store
-        assert store.stats()["leases"] == 0
+        assert leases_left(store) == 0
         assert store.stats()["drafts"] == 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hf_models import prompt
-from hf_runs import attach
+from hf_runs import attach, leases_left
 
 import kvstore
 from kvstore import BadInput, Store
@@ -17,7 +17,7 @@ FAMILIES = ["llama", "gemma3"]
 def store() -> Iterator[Store]:
     with kvstore.open(host="64MiB") as store:
         yield store
-        assert store.stats()["leases"] == 0
+        assert leases_left(store) == 0
         assert store.stats()["drafts"] == 0
 
 

@@ -12,12 +12,15 @@ from transformers import DynamicCache
 
 from kvstore.adapters.transformers.buffers import DTYPES, LayerSpec, dtype_name
 from kvstore.adapters.transformers.cache import ReuseCache
+from kvstore.adapters.transformers.form import find_form
+from kvstore.adapters.transformers.gather import Gather
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.probe import ProbeCache, find_rotation, watched_forward
 from kvstore.adapters.transformers.recorder import Recorder
-from kvstore.adapters.transformers.rotation import Rotation
+from kvstore.adapters.transformers.rotation import Form, Rotation
 from kvstore.adapters.transformers.row import Row
 from kvstore.errors import Unsupported
+from kvstore.load import Place
 
 PREFIX, SUFFIX, SHIFT = 8, 4, 19
 REFUSED_MODELS = {
@@ -149,6 +152,7 @@ class _Test:
         if sorted(cache.seen) != list(range(len(self.windows))):
             raise Unsupported(f"{len(cache.seen)} of {len(self.windows)} layers use the cache; all must")
         specs, rotations, originals = [], [], []
+        forms: dict[Any, Form | None] = {}  # layers that rotate alike have one
         for layer, window in enumerate(self.windows):
             keys, values, calls = cache.seen[layer]
             if not angles:
@@ -163,6 +167,11 @@ class _Test:
             for row, start in ((0, 0), (2, SHIFT)):
                 if not torch.equal(rotation.rotate(before[row : row + 1], start), keys[row : row + 1]):
                     raise Unsupported(f"rotating the keys of layer {layer} again does not give the same bits")
+            heads, dim = keys.shape[1], keys.shape[3]
+            alike = (rotation.function, rotation.table, rotation.angle_slots, rotation.part, heads, dim)
+            if alike not in forms:
+                forms[alike] = find_form(rotation, heads, dim, keys.dtype)
+            rotation.form = forms[alike]
             specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.device, window))
             rotations.append(rotation)
             originals.append(before)
@@ -212,10 +221,8 @@ class _Test:
             False,
         )
         recorder.end_all("attach test")
-        source = _Originals(originals, values)
-        loaded = Loaded(
-            [source], [PREFIX], PREFIX, specs, rotations, originals[0].dtype, recorder, _never, patience=0.0
-        )
+        gather = Gather([_Originals(originals, values)], [PREFIX], PREFIX, specs, rotations, originals[0].dtype)
+        loaded = Loaded(gather, SUFFIX, specs, recorder, _never, patience=0.0)
         mine = ReuseCache(self.owner, loaded, recorder, specs, originals[0].dtype)
         expected, got = self._go_on(memory), self._go_on(mine)
         if not torch.equal(expected, got):
@@ -237,32 +244,25 @@ class _Originals:
     """What a load of the store gives, out of tensors; it goes through the very code that serves loads."""
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-        self._keys, self._values = keys, values
+        self._states = [
+            (one[0].detach().contiguous(), other[0].detach().contiguous())
+            for one, other in zip(keys, values, strict=True)
+        ]
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
         """Everything is there."""
-        return layer < len(self._keys)
+        return layer < len(self._states)
 
-    def pieces(self, layer: int) -> list[Any]:
+    def places(self, layer: int) -> list[Place]:
         """The only block."""
-        return [_Piece(_memory(self._keys[layer]), _memory(self._values[layer]), PREFIX, PREFIX)]
+        keys, values = self._states[layer]
+        return [Place(keys.data_ptr(), values.data_ptr(), PREFIX, PREFIX)]
+
+    def fetched(self, layer: int) -> None:
+        """Nothing came from disk."""
 
     def release(self) -> None:
         """Nothing to give back."""
-
-
-@dataclass(frozen=True)
-class _Piece:
-    keys: memoryview
-    values: memoryview
-    stride: int
-    tokens: int
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """Row 0 as bytes, ``[head][token][dim]``."""
-    raw: Any = tensor[0].detach().to("cpu", copy=True).contiguous().view(torch.uint8).numpy()
-    return memoryview(raw).cast("B")
 
 
 def _never() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+
+from kvstore.layout import Layout
 
 DTYPES = {
     "float32": torch.float32,
@@ -34,3 +37,49 @@ class LayerSpec:
     value_dim: int
     device: torch.device
     window: int | None = None
+
+
+class Payload:
+    """Where the layers of a full block lie in its payload, counted in elements of ``dtype``."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
+        self.dtype, self.tokens, self.shapes = dtype, layout.block_tokens, layout.layers
+        offsets = [offset // dtype.itemsize for offset in layout.layer_offsets(layout.block_tokens)]
+        self.starts, self.elements = offsets[:-1], offsets[-1]
+        first = self.shapes[0]
+        self.alike = first.key_dim == first.value_dim and all(shape == first for shape in self.shapes)
+
+    def size(self, layer: int) -> int:
+        """Elements of a layer's keys and values, without what pads them."""
+        shape = self.shapes[layer]
+        return shape.heads * self.tokens * (shape.key_dim + shape.value_dim)
+
+    def layer(self, flat: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [heads, block tokens, dim], of a layer of the payload ``flat``."""
+        keys, values = self.pieces(flat, layer, self.starts[layer], 1)
+        return keys[0], values[0]
+
+    def pieces(self, flat: torch.Tensor, layer: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same layer of ``count`` blocks, one behind the other from ``start`` on: [count, heads, tokens, dim]."""
+        shape, size = self.shapes[layer], self.size(layer)
+        views = []
+        for dim, offset in ((shape.key_dim, 0), (shape.value_dim, shape.heads * self.tokens * shape.key_dim)):
+            strides = (size, self.tokens * dim, dim, 1)
+            views.append(flat.as_strided((count, shape.heads, self.tokens, dim), strides, start + offset))
+        return views[0], views[1]
+
+    def whole(self, flat: torch.Tensor) -> torch.Tensor | None:
+        """All layers at once, [layers, K and V, heads, block tokens, dim]; None when they are not alike."""
+        if not self.alike:
+            return None
+        layers, heads, dim = len(self.shapes), self.shapes[0].heads, self.shapes[0].key_dim
+        step = self.starts[1] if layers > 1 else self.elements
+        per_head = self.tokens * dim
+        strides = (step, heads * per_head, per_head, dim, 1)
+        return flat.as_strided((layers, 2, heads, self.tokens, dim), strides)
+
+
+@lru_cache(maxsize=64)
+def payload_of(layout: Layout, dtype: torch.dtype) -> Payload:
+    """The one ``Payload`` of a layout."""
+    return Payload(layout, dtype)

@@ -40,6 +40,7 @@ class ReuseCache(DynamicCache):
         self.loaded, self.recorder, self.stamp, self.tenant = loaded, recorder, stamp, tenant
         self._specs, self._dtype = specs, dtype
         self._plan = plan  # until the first forward pass
+        self._timed = True  # likewise
         # A dropped cache must not keep leases or private blocks; neither refers back to it.
         self._drop = weakref.finalize(self, _drop, loaded, recorder)
         self._drop.atexit = False
@@ -79,14 +80,20 @@ class ReuseCache(DynamicCache):
     def finish(self) -> None:
         """The decoder is done, or failed."""
         capture.leave()
+        if self._timed:
+            self._timed = not self.loaded.finished()
         self.recorder.finish()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Record the new states, wait for what is stored of this layer, and give both to attention."""
+        if self._timed:
+            self.loaded.reached(layer_idx)
         self.recorder.layer(layer_idx, key_states, value_states)
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._timed:
+            self.loaded.passed(layer_idx)
         return result
 
     # -- what changes the batch or its length -------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 
 from kvstore.adapters.transformers.batch import Plan
 from kvstore.adapters.transformers.cache import ReuseCache
+from kvstore.adapters.transformers.timeline import Span
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Hit:
     miss: Any  # why it ended there; ``str`` gives the sentence, ``kind`` and ``field`` what to act on
     cached_by_tier: dict[str, int]
     plan: Plan
+
+    @property
+    def timeline(self) -> list[Span]:
+        """When each layer was fetched, loaded and computed, as far as it has been."""
+        return self.cache.loaded.timeline.spans()
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class _Waiting(DynamicLayer):
     def _expect(self, source: Loaded, index: int) -> None:
         self.source = source if source.columns else None
         self.index, self.waiting = index, source.columns
-        self.places = range(len(source.tokens))
+        self.places = range(source.rows)
 
     def _taken(self, start: int, room: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.source is not None

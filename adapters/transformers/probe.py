@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class Angles:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[torch.Tensor, ...]
+
+    @cached_property
+    def table(self) -> Table | None:
+        """A table for any position, one for all layers; None when no argument looks like positions."""
+        return _table_of(self)
 
 
 class ProbeCache(DynamicCache):
@@ -129,7 +135,7 @@ def _find_table(
     for found in reversed(angles):
         places = [(slot, _place(value, found.outputs)) for slot, value in wanted]
         if wanted and all(which is not None for _, which in places):
-            table = _table_of(found)
+            table = found.table
             if table is not None:
                 return table, tuple((slot, which) for slot, which in places if which is not None)
     raise Unsupported(
@@ -146,7 +152,6 @@ def _place(value: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> int | None
 
 
 def _table_of(found: Angles) -> Table | None:
-    """A table that can be asked for any position; None when the call has no argument that looks like positions."""
     state: Slot | None = None
     positions: Slot | None = None
     for slot, value in arguments(found.args, found.kwargs):

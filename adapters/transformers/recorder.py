@@ -61,6 +61,8 @@ class Recorder:
             return self.end_all("the model was not given token ids")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             return self.end_all("the attention mask was not two-dimensional")
+        if ids.device.type != "cpu":  # all rows at once: every trip waits for the device
+            ids, mask, positions = on_host(ids), on_host(mask), on_host(positions)
         past, new = self._columns.shape[1], ids.shape[1]
         if mask is not None and mask.shape[1] != past + new:
             return self.end_all(f"the attention mask has {mask.shape[1]} columns for {past + new} tokens")
@@ -155,7 +157,7 @@ class Recorder:
         elif self._fresh is not None:
             self._columns = torch.cat((self._columns, self._fresh), dim=1)
             for row, _, _, ids in steps or ():
-                row.ids.extend(ids)
+                row.extend(ids)
 
     # -- what the cache is told ---------------------------------------------------------------------------------------
 
@@ -195,3 +197,8 @@ class Recorder:
     def columns(self) -> torch.Tensor:
         """[rows, columns known]: which columns hold a token that was read."""
         return self._columns
+
+
+def on_host(value: Any) -> Any:
+    """The tensor in host memory; what is no tensor as it is."""
+    return value.to("cpu") if isinstance(value, torch.Tensor) else value

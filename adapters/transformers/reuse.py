@@ -11,22 +11,27 @@ import torch
 
 from kvstore.adapters.transformers import capture, generating, watch
 from kvstore.adapters.transformers.agree import agreed_tokens, without_trailing_padding
+from kvstore.adapters.transformers.ahead import Worker
 from kvstore.adapters.transformers.attach import Attached, attach_test
 from kvstore.adapters.transformers.batch import Prompts, cut_by_columns, lay_out, read_prompts, to_callers_format
 from kvstore.adapters.transformers.buffers import dtype_name
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
+from kvstore.adapters.transformers.gather import Gather
 from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn, sequences_of
 from kvstore.adapters.transformers.loaded import Loaded
+from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.recompute import nested_prefill
 from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.adapters.transformers.reopen import reopen
 from kvstore.adapters.transformers.row import Row
-from kvstore.errors import BadInput
+from kvstore.adapters.transformers.staging import staging_on
+from kvstore.errors import BadInput, StoreClosed
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import BLOCK_TOKENS, LayerShape, Layout
 from kvstore.match import Miss
 from kvstore.store import Store
+from kvstore.tensors.carrier import Carrier
 
 PATIENCE = 10.0  # seconds that a forward pass waits for layers in all, before it computes them itself
 
@@ -53,6 +58,8 @@ class Reuse:
         self._config = self._decoder.config.get_text_config(decoder=True)
         self._given_fingerprint = fingerprint
         self._block_tokens, self._patience = block_tokens, patience
+        self._pace = Pace()
+        self._carrier: Carrier | None = None
         capture.install(self._decoder, self)
         self._attached: Attached
         self.refresh()
@@ -69,7 +76,12 @@ class Reuse:
         self.fingerprint = given if isinstance(given, Fingerprint) else Fingerprint({"given": given})
         shapes = tuple(LayerShape(spec.heads, spec.key_dim, spec.value_dim) for spec in self._attached.specs)
         self.layout = Layout(shapes, dtype_name(self._attached.dtype), self._block_tokens)
+        self._staging = staging_on(self.layout, self._attached.dtype, self._attached.specs[0].device)
         self._stamp = watch.sweep(self._base)
+        devices = {spec.device for spec in self._attached.specs}
+        kernels = all(rotation.form or rotation.function is None for rotation in self._attached.rotations)
+        if self._carrier is None and kernels and len(devices) == 1 and next(iter(devices)).type == "cuda":
+            self._carrier = Carrier(devices.pop())
 
     @property
     def supports(self) -> frozenset[str]:
@@ -202,7 +214,7 @@ class Reuse:
         loads, misses, tokens = [], [], []
         for ids in prompts.rows:
             match = self.store.match(namespace, self.layout, ids)
-            load = self.store.load(match)
+            load = self.store.load(match, device=self._carrier is not None)
             # What fails before attention begins costs a shorter hit; layer 0 comes first, so it is soon known.
             load.wait(0, timeout=self._patience)
             loads.append(load)
@@ -234,25 +246,31 @@ class Reuse:
                 loads[place] = None
         plan = lay_out(prompts, columns, tokens, attached.specs[0].device)
         recorder = self._recorder(prompts, plan, windows, stamp)
+        gather = Gather(loads, tokens, columns, attached.specs, attached.rotations, attached.dtype, self._carrier)
         loaded = Loaded(
-            loads,
-            tokens,
-            columns,
+            gather,
+            int(plan.ids.shape[1]) - columns,
             attached.specs,
-            attached.rotations,
-            attached.dtype,
             recorder,
             nested_prefill(self._decoder, self._config, plan),
             self._patience,
+            self._worker(),
+            self._pace,
         )
         cache = ReuseCache(self, loaded, recorder, attached.specs, attached.dtype, plan, stamp, tenant)
         single = prompts.single
         return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
 
+    def _worker(self) -> Worker | None:
+        try:
+            return self.store.worker()
+        except StoreClosed:
+            return None
+
     def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
-        attached, store, layout = self._attached, self.store, self.layout
+        attached, store, layout, staging = self._attached, self.store, self.layout, self._staging
         rows = [
-            Row(ids[:count], attached.specs, attached.dtype, layout.block_tokens, lambda: store.draft(layout))
+            Row(ids[:count], attached.specs, attached.dtype, layout.block_tokens, lambda: store.draft(layout), staging)
             for ids, count in zip(prompts.rows, plan.tokens, strict=True)
         ]
         held = plan.mask[:, : plan.columns].to("cpu", torch.bool)

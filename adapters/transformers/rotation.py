@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from kvstore.adapters.transformers.capture import Call
+from kvstore.tensors.rope import Turn
 
 Slot = int | str  # of an argument: its place, or its name
 SMALLEST_TABLE = 512
+# Which columns of a model's tables belong to the pairs: models repeat them, one after the other or each twice.
+FIRST_HALF, EVERY_SECOND, ALL = "first half", "every second", "all"
 
 
 def get_argument(call_args: Sequence[Any], kwargs: dict[str, Any], slot: Slot) -> Any:
@@ -48,6 +51,7 @@ class Table:
     position_slot: Slot
     _outputs: tuple[torch.Tensor, ...] = ()
     _length: int = 0
+    turns: dict[Any, Turn] = field(default_factory=dict)  # made of the outputs, for kernels; as long as they are
 
     def upto(self, length: int) -> tuple[torch.Tensor, ...]:
         """The module's outputs, at least ``length`` positions long."""
@@ -56,6 +60,7 @@ class Table:
             length = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
             outputs = self._outputs = self.at(torch.arange(length)[None])
             self._length = length
+            self.turns.clear()
         return outputs
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -66,6 +71,42 @@ class Table:
         # Tables outlive this call, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             return tuple(self.module(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A rotation that kernels can do: which outputs of the table are cosines and sines, and the arithmetic."""
+
+    table: Table
+    cos: int
+    sin: int
+    columns: str  # of the outputs: FIRST_HALF, EVERY_SECOND or ALL
+    pairing: str
+    rounded: bool
+    first: int
+
+    def upto(self, length: int, device: torch.device | None = None) -> Turn:
+        """The turn with tables of at least ``length`` positions, on the model's device or another.
+
+        Shared by all layers of the same form.
+        """
+        outputs = self.table.upto(length)
+        device = device or outputs[self.cos].device
+        key = (device, self.cos, self.sin, self.columns, self.pairing, self.rounded, self.first)
+        turn = self.table.turns.get(key)
+        if turn is None:
+            cos, sin = (self._pairs(outputs[which]).to(device) for which in (self.cos, self.sin))
+            turn = self.table.turns[key] = Turn(cos, sin, self.pairing, self.rounded, self.first)
+        return turn
+
+    def _pairs(self, output: torch.Tensor) -> torch.Tensor:
+        angles, width = output[0], output.shape[-1]
+        with torch.inference_mode(False):
+            if self.columns == FIRST_HALF:
+                angles = angles[:, : width // 2]
+            elif self.columns == EVERY_SECOND:
+                angles = angles[:, ::2]
+            return angles.to(angles.dtype if self.rounded else torch.float32).contiguous()
 
 
 @dataclass(eq=False)
@@ -83,6 +124,7 @@ class Rotation:
     transposed: bool = False  # the function sees [batch, tokens, heads, dim]
     part: tuple[int, int] | None = None  # only these dims go through the function
     empty_queries: bool = True  # the function takes queries of no heads
+    form: Form | None = None  # the same for kernels, where one was found
 
     def originals(self, calls: list[Call], keys: torch.Tensor) -> torch.Tensor | None:
         """What ``keys``, which ``Cache.update`` was given, were before rotation; None when no call made them."""

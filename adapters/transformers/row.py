@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kvstore.adapters.transformers.buffers import LayerSpec, view
-
-
-@dataclass(slots=True)
-class Block:
-    """A draft of the store with a tensor view of each layer, shape [heads, block tokens, dim]."""
-
-    draft: Any
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    whole: torch.Tensor | None  # all layers at once, [layers, K and V, heads, block tokens, dim], when they are alike
-
-    def release(self) -> Any:
-        """Drop the views and give the draft away; the store takes its memory back only when nobody looks at it."""
-        self.keys.clear()
-        self.values.clear()
-        self.whole = None
-        return self.draft
+from kvstore.adapters.transformers.block import Block
+from kvstore.adapters.transformers.buffers import LayerSpec, payload_of
+from kvstore.adapters.transformers.passage import Passage
+from kvstore.adapters.transformers.staging import TOO_SLOW, StagedBlock, Staging
 
 
 class Row:
-    """What is known of one sequence. ``base`` of its tokens are stored already, the rest is in private blocks."""
+    """What is known of one sequence. ``base`` of its tokens are stored already, the rest is in private blocks.
+
+    ``staging``: where blocks are written before they leave for their drafts; None: straight into the drafts. A full
+    block leaves when the forward pass after it begins, so that tokens which are rejected at once cost no way back.
+    """
 
     def __init__(
         self,
@@ -38,14 +27,17 @@ class Row:
         dtype: torch.dtype,
         block_tokens: int,
         new_draft: Callable[[], Any],
+        staging: Staging | None = None,
     ) -> None:
         self.ids = list(ids)
         self.base = len(self.ids)
         self.ended: str | None = None  # why nothing more is recorded
         self.reopen: Callable[[], bool] | None = None  # after a save: fetch the tail again, to go on recording
-        self._specs, self._dtype, self._size = specs, dtype, block_tokens
-        self._new_draft = new_draft
+        self._dtype, self._size = dtype, block_tokens
+        self._new_draft, self._staging = new_draft, staging
         self._blocks: dict[int, Block] = {}
+        self._sealed = 0  # blocks before this one have left
+        self._passage: Passage | None = None  # blocks that the forward pass that is running fills alone
         self.alike = are_alike(specs)  # so that ``write_token`` can be used
 
     def end(self, reason: str) -> None:
@@ -54,12 +46,19 @@ class Row:
             self.ended = reason
 
     def prepare(self, tokens: int) -> int:
-        """Make room behind the recorded tokens; how many of ``tokens`` there is room for."""
-        start = len(self.ids)
+        """A forward pass begins. Make room behind the recorded tokens; how many of ``tokens`` there is room for."""
+        start, whole = len(self.ids), range(0)
+        if self._staging is not None:
+            self._seal(start // self._size)
+        if self._staging is not None and tokens > 1:
+            whole = range(-(-start // self._size), (start + tokens) // self._size)
         for index in range(start // self._size, -(-(start + tokens) // self._size)):
-            if self._block(index) is None:
-                self.end("the store has no memory left for recording")
-                return max(0, index * self._size - start)
+            if self._block(index, index in whole) is None:
+                tokens = max(0, index * self._size - start)
+                break
+        if self._staging is not None and whole:
+            blocks = [block for index in whole if isinstance(block := self._blocks.get(index), StagedBlock)]
+            self._passage = Passage(self._staging, whole.start, blocks)
         return tokens
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -67,6 +66,11 @@ class Row:
         start, count, done = len(self.ids), keys.shape[1], 0
         while done < count:
             index, offset = divmod(start + done, self._size)
+            if self._passage is not None and index == self._passage.first and self._passage.blocks:
+                size = self._passage.tokens
+                self._passage.write(layer, keys.narrow(1, done, size), values.narrow(1, done, size))
+                done += size
+                continue
             size = min(self._size - offset, count - done)
             block = self._blocks[index]
             block.keys[layer].narrow(1, offset, size).copy_(keys.narrow(1, done, size))
@@ -80,6 +84,16 @@ class Row:
         assert whole is not None
         whole.select(3, offset).copy_(states)
 
+    def extend(self, ids: Sequence[int]) -> None:
+        """The forward pass is over: these tokens of it are recorded."""
+        passage, self._passage = self._passage, None
+        if passage is not None:
+            if passage.broken:
+                passage.drop()
+                return self.end(TOO_SLOW)
+            passage.finish()
+        self.ids.extend(ids)
+
     def tail(self) -> tuple[int, int]:
         """(block, tokens) of the stored tokens that lie in the block where the first new token goes."""
         return divmod(self.base, self._size)
@@ -91,13 +105,9 @@ class Row:
 
     def seed(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Originals of ``tail``, shape [heads, tokens, dim]: the block that new tokens go into begins with them."""
-        index, _ = self.tail()
-        block = self._block(index)
-        if block is None:
-            self.end("the store has no memory left for recording")
-            return
-        block.keys[layer].narrow(1, 0, keys.shape[1]).copy_(keys)
-        block.values[layer].narrow(1, 0, values.shape[1]).copy_(values)
+        block = self._block(self.tail()[0])
+        if block is not None:
+            block.seed(layer, keys, values)
 
     def crop(self, tokens: int, unread: bool) -> None:
         """Forget the last ``tokens``. ``unread``: the stored part has not been read yet, so a seed is still to come."""
@@ -105,21 +115,27 @@ class Row:
             return
         del self.ids[-tokens:]
         length = len(self.ids)
+        index, offset = divmod(length, self._size)
+        self._unseal(index, offset)
         if length < self.base:
             self.base = length
-            index, offset = divmod(length, self._size)
             if offset and index not in self._blocks and not unread:
                 self.end("cropped into what was loaded")
 
     def take(self, tokens: int) -> dict[int, Any]:
         """Drafts of the blocks that hold new tokens among the first ``tokens``; every other one is given back."""
+        if self._passage is not None:  # it was interrupted
+            self._passage.drop()
+            self._passage = None
+        wanted = {index for index in self._blocks if index * self._size < tokens and tokens > self.base}
+        for index in wanted:
+            self._blocks[index].seal()
         drafts: dict[int, Any] = {}
         for index, block in self._blocks.items():
-            draft = block.release()
-            if index * self._size < tokens and tokens > self.base:
-                drafts[index] = draft
+            if index in wanted:
+                drafts[index] = block.release()
             else:
-                draft.discard()
+                block.discard()
         self._blocks.clear()
         return drafts
 
@@ -127,36 +143,45 @@ class Row:
         """Give all private blocks back."""
         self.take(0)
 
-    def _block(self, index: int) -> Block | None:
+    def _block(self, index: int, passing: bool = False) -> Block | None:
+        """The block, a new one where there is none; None when it cannot be had, which ends the recording."""
         block = self._blocks.get(index)
+        if passing and block is not None:  # left by tokens that were rejected
+            self._blocks.pop(index).discard()
+            block = None
         if block is None:
             draft = self._new_draft()
             if draft is None:
+                self.end("the store has no memory left for recording")
                 return None
-            block = self._blocks[index] = Block(draft, [], [], None)
-            for layer, spec in enumerate(self._specs):
-                keys, values = draft.layer(layer)
-                block.keys.append(view(keys, self._dtype, (spec.heads, self._size, spec.key_dim)))
-                block.values.append(view(values, self._dtype, (spec.heads, self._size, spec.value_dim)))
-            if self.alike:
-                block.whole = self._whole(draft.payload, block)
-                self.alike = block.whole is not None
+            if self._staging is None:
+                block = Block(draft, payload_of(draft.layout, self._dtype))
+            else:
+                block = self._staging.passing(draft) if passing else self._staging.block(draft)
+            if block is None:
+                self.end(TOO_SLOW)
+                return None
+            self._blocks[index] = block
         return block
 
-    def _whole(self, payload: memoryview, block: Block) -> torch.Tensor | None:
-        """One view of all layers; None where they do not follow each other in even steps."""
-        first, spec = block.keys[0].data_ptr(), self._specs[0]
-        size = block.keys[0].element_size()
-        layers = [keys.data_ptr() - first for keys in block.keys]
-        step = layers[1] if len(layers) > 1 else 0
-        if layers != [step * layer for layer in range(len(layers))] or step % size:
-            return None
-        per_head = self._size * spec.key_dim
-        flat = view(payload, self._dtype, (len(payload) // size,))
-        shape = (len(layers), 2, spec.heads, self._size, spec.key_dim)
-        return flat.as_strided(shape, (step // size, spec.heads * per_head, per_head, spec.key_dim, 1))
+    def _seal(self, blocks: int) -> None:
+        """Let the first ``blocks`` leave: they are full."""
+        for index in range(self._sealed, blocks):
+            if index in self._blocks:
+                self._blocks[index].seal()
+        self._sealed = max(self._sealed, blocks)
+
+    def _unseal(self, index: int, offset: int) -> None:
+        """The tokens from ``offset`` of block ``index`` on are gone: what has left of them comes back."""
+        self._sealed = min(self._sealed, index)
+        for number in [number for number, block in self._blocks.items() if number >= index and not block.open]:
+            if number > index or not offset:
+                self._blocks.pop(number).discard()
+            elif self.ended is None and (reason := self._blocks[number].reopen()) is not None:
+                self.end(reason)
 
 
 def are_alike(specs: Sequence[LayerSpec]) -> bool:
-    """Whether keys and values of all layers have one shape."""
-    return all((s.heads, s.key_dim, s.value_dim) == (specs[0].heads, specs[0].key_dim, specs[0].key_dim) for s in specs)
+    """Whether keys and values of all layers have one shape, on one device."""
+    first = (specs[0].heads, specs[0].key_dim, specs[0].key_dim, specs[0].device)
+    return all((spec.heads, spec.key_dim, spec.value_dim, spec.device) == first for spec in specs)

@@ -20,7 +20,9 @@ from kvstore.bench.micro import disk, host, index
 from kvstore.bench.micro.limits import Timing
 
 SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
-PARTS = ("host", "disk", "peers", "index", "attach", "ttft", "tpot")
+ROTATED = "rotated_load"
+MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
+PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "tpot")
 
 
 def main(
@@ -58,6 +60,8 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
                     key = name if threads == 1 else f"{name}_{threads}_threads"
                     moved = host.TOTAL * threads
                     results.setdefault(size, {})[key] = figures(timing, moved)
+    elif part == "rotated":
+        measure_rotated(repeats, results)
     elif part == "disk":
         for size in host.LAYOUTS:
             for name, timings in disk.measure(size, scratch, repeats).items():
@@ -83,6 +87,19 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
             results["ttft"] = ttft.measure(scratch, repeats)
         else:
             results["tpot"] = ttft.measure_tpot(scratch, pairs=max(repeats, 5))
+
+
+def measure_rotated(repeats: int, results: dict[str, Any]) -> None:
+    """Loads with rotation, for one and two threads."""
+    import torch
+
+    from kvstore.bench.micro import rotated
+
+    torch.set_num_threads(1)  # the threads that load are the benchmark's
+    for size in host.LAYOUTS:
+        for threads in (1, 2):
+            key = "rotated_load" if threads == 1 else f"rotated_load_{threads}_threads"
+            results.setdefault(size, {})[key] = rotated.measure(size, threads, repeats)
 
 
 def figures(timing: Timing, moved: int) -> dict[str, float]:
@@ -126,38 +143,73 @@ def _lines(path: str) -> list[str]:
 def show(results: dict[str, Any]) -> None:
     """Prints the tables."""
     console = Console()
-    moves = Table("block", "what", "ratio to limit", "± spread", "GB/s", "CPU s/GB", "limit's CPU s/GB", title="Moves")
-    for size in host.LAYOUTS:
-        for name, row in results.get(size, {}).items():
-            cells = [f"{size} MiB", name.replace("_", " ")]
-            cells += [f"{row[key]:.3f}" for key in ("ratio", "spread")]
-            cells += [f"{row['gb_per_second']:.2f}"]
-            cells += [f"{row[key]:.3f}" for key in ("cpu_seconds_per_gb", "limit_cpu_seconds_per_gb")]
-            moves.add_row(*cells)
-    if moves.row_count:
-        console.print(moves)
-    if "peers" in results:
-        others = Table("on disk, 32 MiB", "save + sync GB/s", "cold load GB/s", title="Others on the same bytes")
-        for name, row in results["peers"].items():
-            others.add_row(name, *(f"{row[key]:.2f}" for key in ("save_gb_per_second", "load_gb_per_second")))
-        console.print(others)
-    single = Table("what", "value", title="Index and import")
-    for name in SINGLE:
-        if name in results:
-            single.add_row(name.replace("_", " "), f"{results[name]:.6g}")
-    if single.row_count:
-        console.print(single)
-    if "ttft" in results:
-        first = Table("prompt", "recompute s", "host s", "cold disk s", "floor s", title="Time to the first token")
-        for length, row in results["ttft"].items():
-            first.add_row(length, *(f"{row[key]:.4f}" for key in ("recompute", "host", "disk_cold", "floor")))
-        console.print(first)
+    for shown in (moves(results), rotations(results), others(results), single(results), first_tokens(results)):
+        if shown.row_count:
+            console.print(shown)
     if "tpot" in results:
         row = results["tpot"]
         console.print(
             f"recording and saving cost {row['overhead']:+.1%} of TPOT "
             f"(quarters {row['low']:+.1%} to {row['high']:+.1%}; {row['pairs']} pairs, TPOT {row['tpot'] * 1e3:.0f} ms)"
         )
+
+
+def moves(results: dict[str, Any]) -> Table:
+    """Host and disk tier beside plain copies."""
+    shown = Table("block", "what", "ratio to limit", "± spread", "GB/s", "CPU s/GB", "limit's CPU s/GB", title="Moves")
+    for size in host.LAYOUTS:
+        for name, row in results.get(size, {}).items():
+            if not name.startswith(ROTATED):
+                shown.add_row(f"{size} MiB", name.replace("_", " "), *_cells(row))
+    return shown
+
+
+def rotations(results: dict[str, Any]) -> Table:
+    """Loads into a model's cache, keys turned on the way. Here fewer is better: 1.0 takes as long as memcpy."""
+    shown = Table("block", "threads", "memcpys", "± spread", "GB/s", "CPU s/GB", "bits", "B/block")
+    shown.title = f"Loads with rotation into a model's cache: at most {MEMCPYS} memcpys"
+    for size in host.LAYOUTS:
+        for name, row in results.get(size, {}).items():
+            if name.startswith(ROTATED):
+                equal = "equal" if row["bit_equal"] else "differ"
+                allocated = f"{row['allocated_bytes_per_block']:,.0f}"
+                shown.add_row(f"{size} MiB", str(row["threads"]), *_cells(row)[:4], equal, allocated)
+                if not row["compiled"]:
+                    shown.caption = "not compiled: numba is missing, plain torch was measured"
+    return shown
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    three = [f"{row[key]:.3f}" for key in ("ratio", "spread", "cpu_seconds_per_gb", "limit_cpu_seconds_per_gb")]
+    return [*three[:2], f"{row['gb_per_second']:.2f}", *three[2:]]
+
+
+def others(results: dict[str, Any]) -> Table:
+    """What else keeps tensors on disk."""
+    shown = Table("on disk, 32 MiB", "save + sync GB/s", "cold load GB/s", title="Others on the same bytes")
+    for name, row in results.get("peers", {}).items():
+        shown.add_row(name, *(f"{row[key]:.2f}" for key in ("save_gb_per_second", "load_gb_per_second")))
+    return shown
+
+
+def single(results: dict[str, Any]) -> Table:
+    """Figures that have no limit beside them."""
+    shown = Table("what", "value", title="Index and import")
+    for name in SINGLE:
+        if name in results:
+            shown.add_row(name.replace("_", " "), f"{results[name]:.6g}")
+    return shown
+
+
+def first_tokens(results: dict[str, Any]) -> Table:
+    """Time to the first token, and how many times the floor it is."""
+    shown = Table("prompt", "recompute s", "host s", "floor s", "ratio", "cold disk s", "limit s", "ratio")
+    shown.title = f"Time to the first token (at most {FLOORS} times the floor, or the disk's limit)"
+    for length, row in results.get("ttft", {}).items():
+        cells = [f"{row[key]:.4f}" for key in ("recompute", "host", "floor")] + [f"{row['host_ratio']:.2f}"]
+        cells += [f"{row[key]:.4f}" for key in ("disk_cold", "disk_limit")] + [f"{row['disk_ratio']:.2f}"]
+        shown.add_row(length, *cells)
+    return shown
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import kvstore
 from kvstore import Store
 from kvstore.bench.micro.host import LAYOUTS, NAMESPACE, prompt
 from kvstore.bench.micro.limits import PlainFile, Timing, compare, memory
+from kvstore.checksum import KERNELS
 from kvstore.save import Draft
 
 TOTAL = 1 << 30  # payload bytes per measurement
@@ -23,6 +24,7 @@ def measure(size: str, folder: Path, repeats: int) -> dict[str, dict[str, Timing
     Memory and disk slots are recycled, as in a store that has run for a while: three chains, of which the host tier
     holds little more than one, are loaded in turns, and the disk budget holds a few chains.
     """
+    KERNELS.wait()  # as in a store that has run for a while
     layout = LAYOUTS[size]
     block = layout.payload_bytes(layout.block_tokens)
     count = TOTAL // block

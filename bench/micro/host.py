@@ -10,6 +10,7 @@ from typing import Any
 import kvstore
 from kvstore import Fingerprint, Layout, Namespace, Store
 from kvstore.bench.micro.limits import Timing, compare, copy, in_threads, memory
+from kvstore.checksum import KERNELS
 from kvstore.save import Saved
 
 LAYOUTS = {
@@ -46,6 +47,7 @@ def load_chain(store: Store, layout: Layout, ids: array[int], target: memoryview
 
 def measure(size: str, threads: int, repeats: int) -> dict[str, Timing]:
     """``host_load`` and ``host_save``, without and with checksums."""
+    KERNELS.wait()  # as in a store that has run for a while
     layout = LAYOUTS[size]
     block = layout.payload_bytes(layout.block_tokens)
     blocks = TOTAL // block

@@ -23,12 +23,28 @@ class Timing:
     seconds: float
     limit_cpu: float
     cpu: float
-    spread: float  # of the ratio: interquartile range
+    low: float  # quartiles of the ratio
+    high: float
 
     @property
     def ratio(self) -> float:
         """How near the limit: 1.0 is as fast as the limit."""
         return self.limit / self.seconds
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range of the ratio."""
+        return self.high - self.low
+
+    @property
+    def times(self) -> float:
+        """How many times as long as the limit: the ratio, the other way up."""
+        return self.seconds / self.limit
+
+    @property
+    def times_spread(self) -> float:
+        """Interquartile range of ``times``."""
+        return 1 / self.low - 1 / self.high
 
 
 def compare(
@@ -49,7 +65,7 @@ def compare(
     seconds = statistics.median(b for _, b, _, _ in rows)
     low, _, high = statistics.quantiles(ratios, n=4)
     cpu = [statistics.median(row[i] for row in rows) for i in (2, 3)]
-    return Timing(statistics.median(ratios) * seconds, seconds, cpu[0], cpu[1], high - low)
+    return Timing(statistics.median(ratios) * seconds, seconds, cpu[0], cpu[1], low, high)
 
 
 def timed(thing: Callable[[], object]) -> tuple[float, float]:

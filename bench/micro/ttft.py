@@ -15,10 +15,14 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvstore
+from kvstore import compiled
 from kvstore.adapters.transformers import Reuse
-from kvstore.bench.micro.limits import copy, memory
+from kvstore.bench.micro.limits import PlainFile, copy, memory
 
 PROMPTS = (256, 1024, 4096, 8192)
+COLD = 3  # loads from cold disk behind a median
+STEP = 1 << 20  # bytes of one plain read
+COMPILING = 120.0  # seconds that a kernel may take to be compiled
 DECODE = 48  # tokens of one side of a TPOT pair
 
 
@@ -48,16 +52,23 @@ def prompt(tokens: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(folder: Path, repeats: int, lengths: tuple[int, ...] = PROMPTS) -> dict[str, dict[str, float]]:
-    """Seconds per prompt length: ``recompute``, ``host``, ``disk_cold``, ``floor``; medians."""
+    """Per prompt length the median seconds of ``recompute``, ``host``, ``disk_cold``, ``floor`` and ``disk_limit``.
+
+    ``disk_limit`` is the floor, or plain reads of the same bytes where those take longer. ``host_ratio`` and
+    ``disk_ratio`` say how many times as long as their limits the host's and the disk's first token took.
+    """
     model = build_model()
     result: dict[str, dict[str, float]] = {}
     with kvstore.open(folder / "ttft", host="3GiB", disk="4GiB") as store:
         reuse = Reuse(model, store)
+        token_payload = reuse.layout.token_payload
         for length in lengths:
             ids = prompt(length)
             hit = reuse.load(ids)
             model(**hit.forward_inputs)
             reuse.save(ids, hit.cache).wait()
+            _reuse(reuse, model, ids)
+            compiled.idle(COMPILING)  # the first load asked for the kernel; from here on it is there
             times: dict[str, list[float]] = {"recompute": [], "host": [], "floor": []}
             floor = _floor(model, length, reuse)
             few = max(2, repeats // 2) if length > 2048 else repeats
@@ -67,9 +78,30 @@ def measure(folder: Path, repeats: int, lengths: tuple[int, ...] = PROMPTS) -> d
                 times["floor"].append(_seconds(floor))
             result[str(length)] = {name: statistics.median(values) for name, values in times.items()}
     for length in lengths:
-        cold = [_cold(folder / "ttft", model, prompt(length)) for _ in range(3)]
-        result[str(length)]["disk_cold"] = statistics.median(cold)
+        row = result[str(length)]
+        row |= _from_disk(folder, model, length, token_payload * (length - 1), row["floor"])
+        row["host_ratio"] = row["host"] / row["floor"]
+        row["disk_ratio"] = row["disk_cold"] / row["disk_limit"]
     return result
+
+
+def _from_disk(folder: Path, model: Any, length: int, size: int, floor: float) -> dict[str, float]:
+    """``disk_cold`` and ``disk_limit``, measured in turns."""
+    buffers = [memory(STEP) for _ in range(-(-size // STEP))]
+    plain = PlainFile(folder / "plain", STEP * len(buffers), COLD)
+    cold = []
+    reads: dict[int, list[float]] = {1: [], 4: []}
+    try:
+        for _ in range(COLD):
+            plain.write(buffers, 4)  # so that there is something to read
+        for _ in range(COLD):
+            cold.append(_cold(folder / "ttft", model, prompt(length)))
+            for flight, seconds in reads.items():
+                seconds.append(_seconds(lambda flight=flight: plain.read(buffers, flight)))  # type: ignore[misc]
+    finally:
+        plain.close()
+    read = min(statistics.median(seconds) for seconds in reads.values())
+    return {"disk_cold": statistics.median(cold), "disk_limit": max(read, floor)}
 
 
 def _recompute(model: Any, ids: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
-"""The port of a tier that keeps sealed blocks beyond the host's memory (disk now, others later).
+"""The ports of the tiers: of one that keeps sealed blocks beyond the host's memory (disk now, others later), of the
+device's memory, and of what keeps host memory in place for the device.
 
-A tier moves whole slots and byte ranges of slots between its medium and buffers that the caller owns. It knows
+A ``Tier`` moves whole slots and byte ranges of slots between its medium and buffers that the caller owns. It knows
 addresses, not chains: what a block is for stands in its header and in the index. Where a method says so it is called
 under the store's lock and does no I/O worth waiting for; all others may be called from any thread without that lock.
 A method that fails raises ``TierError`` and leaves nothing visible.
@@ -10,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvstore.block import Header
 from kvstore.layout import Layout
+
+if TYPE_CHECKING:
+    from kvstore.tensors.streams import Event, Stream
 
 
 class Entry(NamedTuple):
@@ -116,3 +120,64 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Makes the index durable and lets go of everything."""
+
+
+class DeviceSlots(Protocol):
+    """Slots in the device's memory. Bytes are brought and read in streams, by whoever has a slot, not by the tier.
+
+    **Events before reuse**: who has a stream read or write a slot calls ``ready`` before, and ``note`` before others
+    get the slot. So no slot is written before those have read it who had it earlier, and none is read before it is
+    written. ``reserve``, ``same_class``, ``neighbours`` and ``free`` are called under the store's lock, ``note``
+    anywhere, all others without it; none blocks but ``close``.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of all slots together, at most; 0 where there is no device or no memory on it."""
+
+    @property
+    def used(self) -> int:
+        """Bytes of the pool that are cut into slots."""
+
+    def reserve(self, slot_bytes: int) -> int | None:
+        """Address of a free slot of the class ``slot_bytes``; None when there is no room. Never evicts."""
+
+    def same_class(self, address: int, slot_bytes: int) -> bool:
+        """Whether freeing ``address`` makes room for ``slot_bytes``."""
+
+    def neighbours(self, address: int) -> Sequence[int]:
+        """Addresses in use that must all be freed before the space around ``address`` can serve another class."""
+
+    def free(self, address: int) -> None:
+        """Gives a slot back, at once: streams may still be at work on it."""
+
+    def pointer(self, address: int) -> int:
+        """Where the slot begins in the device's memory. Under the store's lock, or by whoever has the slot."""
+
+    def memory(self, address: int) -> Any:
+        """The slot's bytes as the device has them, a uint8 tensor where there is torch. As ``pointer``."""
+
+    def ready(self, address: int, stream: Stream) -> None:
+        """What is asked of ``stream`` from now on starts after all that was noted for the slot's bytes."""
+
+    def note(self, address: int, *events: Event) -> None:
+        """Notes that streams are done with the slot when they reach ``events``."""
+
+    def erase(self, addresses: Sequence[int]) -> Event:
+        """Zeroes slots that the caller still owns, behind what was noted for them; an event for when it is over."""
+
+    def gauges(self) -> dict[str, int]:
+        """``device_capacity`` and ``device_missing_bytes``: what of the wanted bytes could not be had."""
+
+    def close(self) -> None:
+        """Waits for all events, lets go of the memory; ``memory`` that is still held keeps it alive."""
+
+
+class Pins(Protocol):
+    """Keeps host memory in place, so that the device copies it without help. Called by one thread, never locked."""
+
+    def pin(self, address: int, size: int) -> bool:
+        """False: it could not be pinned, and works all the same, slower."""
+
+    def unpin(self, address: int) -> None:
+        """Before memory that was pinned at ``address`` goes."""

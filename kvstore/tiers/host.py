@@ -3,12 +3,16 @@
 First touch of a fresh page costs ten times what writing to a recycled one costs, so a thread keeps some touched slots
 of each class in reserve, and slots are recycled before new memory is taken. Staging buffers, blocks that wait for the
 disk and blocks that were read from it all live here: one account for all memory.
+
+For a device that copies from here the same thread pins what it has touched. What cannot be pinned stays pageable, which
+is slower and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import threading
@@ -17,10 +21,14 @@ from pathlib import Path
 
 from kvstore.block import address_of
 from kvstore.errors import BadInput
+from kvstore.tiers.base import Pins
 from kvstore.tiers.slab import SLOT_BITS, Extent, Slab
+
+log = logging.getLogger("kvstore")
 
 MIN_EXTENT = 1 << 20
 MAX_EXTENT = 256 << 20
+MAX_PIN = 1 << 30  # bytes pinned in one call; larger ones fail on some machines
 LOOK_AHEAD = 4  # a class grows early when fewer than a LOOK_AHEAD-th of an extent's slots are free
 _MADV_POPULATE_WRITE = 23
 _memset = ctypes.memset
@@ -45,7 +53,7 @@ def memory_limit() -> int:
 class HostTier:
     """Slots in memory. ``reserve`` and ``free`` are called under the store's lock; views may be used without it."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, pins: Pins | None = None) -> None:
         """Raises ``BadInput`` when ``capacity`` bytes cannot be had on this machine."""
         limit = memory_limit()
         if capacity > limit:
@@ -57,14 +65,24 @@ class HostTier:
         self._memory: dict[int, tuple[mmap.mmap, memoryview, int]] = {}  # extent -> mapping, its bytes, base address
         self._slab = Slab(capacity, extent, self._grow, self._shrink)
         self._toucher: threading.Thread | None = None
-        self._wake = threading.Condition()  # guards the two fields below
+        self._pins = pins
+        self._pinned: dict[int, list[tuple[int, int]]] = {}  # extent -> what is pinned of it; the thread's own
+        self._complained = False  # the thread's own, too
+        self._wake = threading.Condition()  # guards the fields below
         self._untouched: list[Extent] = []
+        self._leaving: list[tuple[int, mmap.mmap]] = []  # extents that are to be unpinned, and kept in place until then
+        self._pinned_bytes = 0
         self._closed = False
 
     @property
     def used(self) -> int:
         """Bytes of all extents."""
         return self._slab.used
+
+    def gauges(self) -> dict[str, int]:
+        """``host_pinned_bytes`` and ``host_pageable_bytes``: how much of ``used`` the device copies by itself."""
+        with self._wake:
+            return {"host_pinned_bytes": self._pinned_bytes, "host_pageable_bytes": self.used - self._pinned_bytes}
 
     def reserve(self, slot_bytes: int) -> int | None:
         """Address of a free slot of this class, or None when there is no room. Never evicts."""
@@ -129,23 +147,33 @@ class HostTier:
         return True
 
     def _shrink(self, extent: Extent) -> None:
-        self._memory.pop(extent.number, None)
+        entry = self._memory.pop(extent.number, None)
         with self._wake:
             if extent in self._untouched:
                 self._untouched.remove(extent)
+            elif self._pins is not None and entry is not None and not self._closed:
+                self._leaving.append((extent.number, entry[0]))
+                self._wake.notify()
 
     def _touch(self) -> None:
         """Has the kernel map the pages of new extents. No byte changes, so slots may be in use meanwhile."""
+        extent: Extent | None = None
         while True:
             with self._wake:
-                while not self._untouched and not self._closed:
+                while not (self._untouched or self._leaving or self._closed):
                     self._wake.wait()
-                if self._closed:
-                    return
-                extent = self._untouched.pop(0)
-                entry = self._memory.get(extent.number)
-            if entry is not None:
+                closed, leaving, self._leaving = self._closed, self._leaving, []
+                extent = self._untouched.pop(0) if self._untouched and not closed else None
+                entry = self._memory.get(extent.number) if extent is not None else None
+            for number in list(self._pinned) if closed else [number for number, _ in leaving]:
+                self._unpin(number)
+            leaving.clear()
+            if closed:
+                return
+            if extent is not None and entry is not None:
                 self._populate(entry[2], len(entry[1]))
+                self._pin(extent, entry[2])
+            entry = None  # it may be given back while this thread waits
 
     def _populate(self, base: int, size: int) -> None:
         step = 8 << 20
@@ -155,3 +183,29 @@ class HostTier:
                     return
             if _madvise(base + start, min(step, size - start), _MADV_POPULATE_WRITE):
                 return  # a kernel without it (before 5.14): pages are mapped by their first use
+
+    def _pin(self, extent: Extent, base: int) -> None:
+        """In runs of whole slots: a copy that lies in two runs would fail."""
+        step = MAX_PIN // extent.slot_bytes * extent.slot_bytes
+        if self._pins is None or not step:
+            return
+        pinned = self._pinned[extent.number] = []
+        for start in range(0, extent.bytes, step):
+            size = min(step, extent.bytes - start)
+            with self._wake:
+                if self._closed:
+                    return
+            if self._pins.pin(base + start, size):
+                pinned.append((base + start, size))
+                with self._wake:
+                    self._pinned_bytes += size
+            elif not self._complained:
+                self._complained = True
+                log.warning("host memory cannot be pinned and stays pageable, at first %d bytes", size)
+
+    def _unpin(self, number: int) -> None:
+        for address, size in self._pinned.pop(number, ()):
+            assert self._pins is not None
+            self._pins.unpin(address)
+            with self._wake:
+                self._pinned_bytes -= size

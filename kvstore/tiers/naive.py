@@ -1,12 +1,13 @@
-"""The naive twin of the disk tier: a dict of slots and a dict of entries. Tests hold the clever one against it."""
+"""The naive twins of the disk tier and of the device tier: dicts of slots. Tests hold the clever ones against them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from kvstore.block import Header
+from kvstore.block import Header, address_of
 from kvstore.errors import TierError
+from kvstore.tensors.streams import CallerStream, Event, Stream
 from kvstore.tiers import rebuild
 from kvstore.tiers.base import Entry, Problem
 from kvstore.tiers.catalog import Change, MemoryCatalog
@@ -119,4 +120,72 @@ class NaiveTier:
 
     def close(self) -> None:
         """See ``Tier``."""
+        self._slots.clear()
+
+
+class NaiveDevice:
+    """``DeviceSlots`` in plain memory, each slot on its own. See ``base.DeviceSlots`` for what each method promises."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._slots: dict[int, bytearray] = {}
+        self._events: list[Event] = []  # of whatever slot: who waits, waits for all
+        self._next = 1
+
+    @property
+    def used(self) -> int:
+        """See ``DeviceSlots``."""
+        return sum(map(len, self._slots.values()))
+
+    def reserve(self, slot_bytes: int) -> int | None:
+        """See ``DeviceSlots``."""
+        if self.used + slot_bytes > self.capacity:
+            return None
+        self._next += 1
+        self._slots[self._next] = bytearray(slot_bytes)
+        return self._next
+
+    def same_class(self, address: int, slot_bytes: int) -> bool:
+        """See ``DeviceSlots``."""
+        return len(self._slots[address]) >= slot_bytes
+
+    def neighbours(self, address: int) -> Sequence[int]:
+        """See ``DeviceSlots``."""
+        return list(self._slots)
+
+    def free(self, address: int) -> None:
+        """See ``DeviceSlots``."""
+        del self._slots[address]
+
+    def pointer(self, address: int) -> int:
+        """See ``DeviceSlots``."""
+        return address_of(self._slots[address])
+
+    def memory(self, address: int) -> memoryview:
+        """See ``DeviceSlots``."""
+        return memoryview(self._slots[address])
+
+    def ready(self, address: int, stream: Stream) -> None:
+        """See ``DeviceSlots``."""
+        for event in self._events:
+            stream.wait(event)
+
+    def note(self, address: int, *events: Event) -> None:
+        """See ``DeviceSlots``."""
+        self._events += events
+
+    def erase(self, addresses: Sequence[int]) -> Event:
+        """See ``DeviceSlots``; at once, and so it blocks."""
+        for event in self._events:
+            event.wait()
+        for address in addresses:
+            self._slots[address][:] = bytes(len(self._slots[address]))
+        return CallerStream().record()
+
+    def gauges(self) -> dict[str, int]:
+        """See ``DeviceSlots``."""
+        return {"device_capacity": self.capacity, "device_missing_bytes": 0}
+
+    def close(self) -> None:
+        """See ``DeviceSlots``."""
         self._slots.clear()

@@ -7,6 +7,7 @@ there is no other slot left it is reserved all the same, and its first write has
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvstore.files import PAGE, Files
@@ -32,6 +33,7 @@ class Slots:
         self.slab = Slab(budget, size, self._grow, self._shrink, overhead=PAGE, least=EXTENT_SLOTS)
         self.taken = 0  # slots in use: as many blocks are in the index, or will be
         self._resting: set[int] = set()
+        self._resting_of: Counter[int] = Counter()  # how many of them are of a class
         self._named: set[int] = set()  # freed since the last commit: the index on the medium may name them
         self._refused = files.monotonic() - BACK_OFF_SECONDS
         found = extents.scan()
@@ -67,8 +69,7 @@ class Slots:
         """Bytes that can be reserved in slots of this class."""
         size = _whole(slot_bytes)
         with self.lock:
-            resting = sum(self.slab.slot_bytes(address) == size for address in self._resting)
-            return (self.slab.free_slots(size) + resting) * size + max(self.slab.room, 0)
+            return (self.slab.free_slots(size) + self._resting_of[size]) * size + max(self.slab.room, 0)
 
     def same_class(self, address: int, slot_bytes: int) -> bool:
         """Whether the slot at ``address`` is of this class."""
@@ -84,6 +85,7 @@ class Slots:
         with self.lock:
             self.taken -= 1
             self._resting.add(address)
+            self._resting_of[self.slab.slot_bytes(address)] += 1
             self._named.add(address)
 
     def named(self, address: int) -> bool:
@@ -105,6 +107,7 @@ class Slots:
     def _wake(self, addresses: Iterable[int]) -> None:
         for address in addresses:
             self._resting.discard(address)
+            self._resting_of[self.slab.slot_bytes(address)] -= 1
             self.slab.free(address)
             self.stale.add(address >> SLOT_BITS)
 

@@ -1,0 +1,1 @@
+"""Correctness and speed on a CUDA machine: one command, one table, one file of figures."""

@@ -1,0 +1,1 @@
+"""What moves between the store's bytes and an engine's tensors: rotation, kernels, streams."""
