@@ -80,6 +80,14 @@ class Layout:
         if self.alignment < 512 or self.alignment & (self.alignment - 1):
             raise BadInput(f"alignment must be a power of two of at least 512, not {self.alignment}")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Taken once: layouts are keys of small caches on every block's way."""
+        return (self.layers, self.dtype, self.block_tokens, self.alignment).__hash__()
+
     @classmethod
     def uniform(cls, layers: int, heads: int, dim: int, dtype: str, block_tokens: int = BLOCK_TOKENS) -> Layout:
         """Layout of ``layers`` equal layers with ``heads`` KV heads of ``dim`` for keys and values."""
@@ -117,6 +125,20 @@ class Layout:
     def payload_bytes(self, stride: int) -> int:
         """Bytes of a payload with room for ``stride`` tokens, padding included."""
         return self.layer_offsets(stride)[-1]
+
+    def gaps(self, stride: int) -> Sequence[tuple[int, int]]:
+        """Where padding lies in a payload: (first byte, last + 1)."""
+        gaps = self._gaps.get(stride)
+        if gaps is None:
+            offsets = self.layer_offsets(stride)
+            ends = (
+                offsets[layer] + self.key_bytes(layer, stride) + self.value_bytes(layer, stride)
+                for layer in range(len(self.layers))
+            )
+            gaps = self._gaps[stride] = tuple(
+                (end, start) for end, start in zip(ends, offsets[1:], strict=True) if end < start
+            )
+        return gaps
 
     def slot_bytes(self, stride: int) -> int:
         """Bytes of header area and payload."""
@@ -161,6 +183,10 @@ class Layout:
         return shape.heads * shape.value_dim * stride * self.itemsize
 
     # Small tables by stride; a race of two threads computes the same value twice, no more.
+    @cached_property
+    def _gaps(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        return {}
+
     @cached_property
     def _offsets(self) -> dict[int, tuple[int, ...]]:
         return {}

@@ -268,8 +268,5 @@ class Writer:
 def _blank(slot: memoryview, layout: Layout, stride: int, used: int) -> None:
     """Zeroes what lies between the pieces: a slot is recycled, and another's tokens must not go to disk with this."""
     slot[used : layout.header_bytes] = bytes(layout.header_bytes - used)
-    offsets = layout.layer_offsets(stride)
-    for layer in range(len(layout.layers)):
-        end = offsets[layer] + layout.key_bytes(layer, stride) + layout.value_bytes(layer, stride)
-        if gap := offsets[layer + 1] - end:
-            slot[layout.header_bytes + end :][:gap] = bytes(gap)
+    for first, last in layout.gaps(stride):
+        slot[layout.header_bytes + first : layout.header_bytes + last] = bytes(last - first)

@@ -19,17 +19,12 @@ from kvstore.adapters.transformers.probe import ProbeCache, find_rotation, watch
 from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.adapters.transformers.rotation import Form, Rotation
 from kvstore.adapters.transformers.row import Row
+from kvstore.adapters.transformers.served import check_config
 from kvstore.errors import Unsupported
 from kvstore.load import Place
+from kvstore.tensors.transfer import GPU
 
 PREFIX, SUFFIX, SHIFT = 8, 4, 19
-REFUSED_MODELS = {
-    "llama4": "its keys are normalised after rotation",
-    "llama4_text": "its keys are normalised after rotation",
-    "gptj": "it rotates keys without a rotary module",
-}
-REFUSED_ROPE = ("dynamic", "longrope")
-SERVED_LAYERS = ("full_attention", "sliding_attention")
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
@@ -42,47 +37,21 @@ class Attached:
     dtype: torch.dtype
     supports: frozenset[str]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is; the CPU when its layers are on several devices."""
+        return common_device(self.specs)
 
-def check_config(config: Any) -> list[int | None]:
-    """Refuse by configuration what can be known so; the window of each layer otherwise."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise Unsupported("encoder-decoder models cannot be served: their keys depend on two inputs")
-    text = config.get_text_config(decoder=True)
-    reason = REFUSED_MODELS.get(text.model_type)
-    if reason:
-        raise Unsupported(f"{text.model_type} cannot be served: {reason}")
-    for parameters in _rope_parameters(text):
-        if parameters.get("rope_type") in REFUSED_ROPE:
-            raise Unsupported(
-                f"rope type {parameters['rope_type']} cannot be served: its frequencies change with the length of "
-                "the sequence"
-            )
-    if not getattr(text, "is_causal", True):
-        raise Unsupported("the model is not causal: keys of a prefix depend on what follows")
-    if getattr(text, "kv_sharing_modes", None):
-        raise Unsupported("layers that share keys and values cannot be served yet")
-    windows: list[int | None] = []
-    for index, layer in enumerate(DynamicCache(config=text).layers):
-        kind = type(layer).__name__
-        if kind == "DynamicLayer":
-            windows.append(None)
-        elif kind == "DynamicSlidingWindowLayer":
-            windows.append(int(layer.sliding_window))
-        else:
-            raise Unsupported(f"layer {index} keeps its state in a {kind}; only full and sliding attention are served")
-    types = getattr(text, "layer_types", None) or []
-    for index, name in enumerate(types):
-        if name not in SERVED_LAYERS:
-            raise Unsupported(f"layer {index} is of type {name}; only {' and '.join(SERVED_LAYERS)} are served")
-    if getattr(text, "attention_chunk_size", None) and "chunked_attention" in types:
-        raise Unsupported("chunked attention cannot be served")
-    return windows
+    @property
+    def turnable(self) -> bool:
+        """Whether kernels can turn the keys of all layers."""
+        return all(rotation.form or rotation.function is None for rotation in self.rotations)
 
 
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    given = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in given.values() if isinstance(value, dict)]
-    return nested or [given]
+def common_device(specs: Sequence[LayerSpec]) -> torch.device:
+    """The device of all layers, or the CPU."""
+    devices = {spec.device for spec in specs}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 @contextmanager
@@ -221,7 +190,11 @@ class _Test:
             False,
         )
         recorder.end_all("attach test")
-        gather = Gather([_Originals(originals, values)], [PREFIX], PREFIX, specs, rotations, originals[0].dtype)
+        device = common_device(specs)
+        if device.type == "cuda":
+            GPU.wait()  # compiled and tried out here, on this model, and not while somebody waits for a prompt
+        source = _Originals(originals, values, device)
+        gather = Gather([source], [PREFIX], PREFIX, specs, rotations, originals[0].dtype, device=device)
         loaded = Loaded(gather, SUFFIX, specs, recorder, _never, patience=0.0)
         mine = ReuseCache(self.owner, loaded, recorder, specs, originals[0].dtype)
         expected, got = self._go_on(memory), self._go_on(mine)
@@ -243,9 +216,9 @@ class _Test:
 class _Originals:
     """What a load of the store gives, out of tensors; it goes through the very code that serves loads."""
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], device: torch.device) -> None:
         self._states = [
-            (one[0].detach().contiguous(), other[0].detach().contiguous())
+            (one[0].detach().to(device).contiguous(), other[0].detach().to(device).contiguous())
             for one, other in zip(keys, values, strict=True)
         ]
 

@@ -160,7 +160,9 @@ class Gather:
             return transfer(part.runs, rotation.form.upto(stop, keys.device), target)
         transfer(part.runs, None, target)
         if rotation.function is not None:
-            keys[:, part.hole :] = rotation.rotate(keys[None, :, part.hole :], part.token)[0]
+            # The model's own function, where its tables are.
+            turning = keys[None, :, part.hole :].to(self._specs[layer].device)
+            keys[:, part.hole :] = rotation.rotate(turning, part.token)[0]
 
 
 def runs_of(places: Sequence[Place], tokens: int, start: int, stop: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from kvstore.errors import Unsupported
@@ -69,3 +70,20 @@ def adjust(model: Any, kwargs: dict[str, Any], wider: int) -> dict[str, Any]:
         if value:
             kwargs[name] = value + wider
     return kwargs
+
+
+def padding(model: Any, config: Any) -> int | None:
+    """The id that ``model`` pads with, if it says so."""
+    value = getattr(_settings(model), "pad_token_id", None)
+    value = getattr(config, "pad_token_id", None) if value is None else value
+    return value if isinstance(value, int) else None
+
+
+def ends(model: Any) -> Sequence[int]:
+    """The ids behind which ``model`` says nothing more."""
+    value = getattr(_settings(model), "eos_token_id", None)
+    return [value] if isinstance(value, int) else list(value or ())
+
+
+def _settings(model: Any) -> Any:
+    return getattr(model, "generation_config", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,15 +77,23 @@ class Reuse:
         self.layout = Layout(shapes, dtype_name(self._attached.dtype), self._block_tokens)
         self._staging = staging_on(self.layout, self._attached.dtype, self._attached.specs[0].device)
         self._stamp = watch.sweep(self._base)
-        devices = {spec.device for spec in self._attached.specs}
-        kernels = all(rotation.form or rotation.function is None for rotation in self._attached.rotations)
-        if self._carrier is None and kernels and len(devices) == 1 and next(iter(devices)).type == "cuda":
-            self._carrier = Carrier(devices.pop())
+        device = self._attached.device
+        if self._carrier is None and device.type == "cuda" and self._attached.turnable:
+            self._carrier = Carrier(device)
 
     @property
     def supports(self) -> frozenset[str]:
         """Which kinds of reuse are exact claims on this model: of "exact", "shifted" and "modular"."""
         return self._attached.supports
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What happened while recording on a device, beside the counters of ``store.stats()``."""
+        return {} if self._staging is None else self._staging.counters.snapshot()
+
+    @property
+    def _padding(self) -> int | None:
+        return generating.padding(self._base, self._config)
 
     def _hook(self) -> None:
         """Listen to the decoder's forward passes that use a cache of ours."""
@@ -153,7 +160,7 @@ class Reuse:
         each = len(sequences) // len(recorder.rows)
         agreed = []
         for number, row in enumerate(recorder.rows):
-            ids = without_trailing_padding(sequences[number * each], self._ends(), self._padding())
+            ids = without_trailing_padding(sequences[number * each], generating.ends(self._base), self._padding)
             agreed.append(agreed_tokens(number, ids, recorder.columns[number].tolist(), row.ids))
         refused = cache.stamp if isinstance(cache.stamp, str) else self._changed()
         if refused is not None or cache.stamp is not self._stamp:
@@ -202,7 +209,7 @@ class Reuse:
     # -- how a load is put together -----------------------------------------------------------------------------------
 
     def _read(self, input_ids: Any, attention_mask: Any) -> Prompts:
-        return read_prompts(input_ids, attention_mask, self._padding(), self._config.vocab_size)
+        return read_prompts(input_ids, attention_mask, self._padding, self._config.vocab_size)
 
     def _load(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
         changed = self._changed()
@@ -278,20 +285,6 @@ class Reuse:
         if isinstance(stamp, str):
             recorder.end_all(stamp)
         return recorder
-
-    # -- what the model says about its tokens -------------------------------------------------------------------------
-
-    def _padding(self) -> int | None:
-        value = getattr(self._generation_config(), "pad_token_id", None)
-        value = getattr(self._config, "pad_token_id", None) if value is None else value
-        return value if isinstance(value, int) else None
-
-    def _ends(self) -> Sequence[int]:
-        value = getattr(self._generation_config(), "eos_token_id", None)
-        return [value] if isinstance(value, int) else list(value or ())
-
-    def _generation_config(self) -> Any:
-        return getattr(self._base, "generation_config", None)
 
 
 WRITER = f"transformers/{torch.__version__}"[:64]

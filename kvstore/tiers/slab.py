@@ -7,6 +7,7 @@ one int. Pure bookkeeping: growing and giving back is done by two callbacks. The
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Slab:
         self.extents: dict[int, Extent] = {}
         self._open: dict[int, list[Extent]] = {}  # class -> extents with a free slot, fullest use last
         self._empty: set[int] = set()  # extents without a live slot
+        self._free: Counter[int] = Counter()  # free slots of each class
         self._next = 1
         self._grow = grow
         self._shrink = shrink
@@ -75,6 +77,7 @@ class Slab:
         if not extent.live:
             self._empty.discard(extent.number)
         extent.live.add(slot)
+        self._free[slot_bytes] -= 1
         if not extent.free:
             ready.pop()
         return extent.number << SLOT_BITS | slot
@@ -106,6 +109,7 @@ class Slab:
             self._empty.add(extent.number)
         if extent.free:
             self._open.setdefault(extent.slot_bytes, []).append(extent)
+            self._free[extent.slot_bytes] += len(extent.free)
 
     def claim(self, address: int) -> bool:
         """Marks a given slot as used (at open). False when it is no slot, or used already."""
@@ -129,10 +133,12 @@ class Slab:
     def settle(self) -> None:
         """After a series of ``claim``: rebuilds the free lists."""
         self._open.clear()
+        self._free.clear()
         for extent in self.extents.values():
             extent.free = [slot for slot in range(extent.slots - 1, -1, -1) if slot not in extent.live]
             if extent.free:
                 self._open.setdefault(extent.slot_bytes, []).append(extent)
+                self._free[extent.slot_bytes] += len(extent.free)
 
     def free(self, address: int) -> None:
         """Gives a slot back to its extent."""
@@ -144,6 +150,7 @@ class Slab:
         if not extent.free:
             self._open.setdefault(extent.slot_bytes, []).append(extent)
         extent.free.append(slot)
+        self._free[extent.slot_bytes] += 1
 
     def seize(self, number: int) -> list[int]:
         """Takes all free slots of an extent out of use, until ``restore``; returns their numbers."""
@@ -152,6 +159,7 @@ class Slab:
             return []
         taken, extent.free = extent.free, []
         self._open[extent.slot_bytes].remove(extent)
+        self._free[extent.slot_bytes] -= len(taken)
         return taken
 
     def restore(self, number: int, slots: list[int]) -> None:
@@ -161,6 +169,7 @@ class Slab:
             if not extent.free:
                 self._open.setdefault(extent.slot_bytes, []).append(extent)
             extent.free += slots
+            self._free[extent.slot_bytes] += len(slots)
 
     def skip(self, number: int) -> None:
         """Numbers of new extents are above this one."""
@@ -173,6 +182,7 @@ class Slab:
         self._empty.discard(extent.number)
         if extent.free:  # none: they are seized
             self._open[extent.slot_bytes].remove(extent)
+            self._free[extent.slot_bytes] -= len(extent.free)
         self.used -= extent.bytes + self._overhead
         self._shrink(extent)
 
@@ -191,4 +201,4 @@ class Slab:
 
     def free_slots(self, slot_bytes: int) -> int:
         """Number of free slots of a class."""
-        return sum(len(extent.free) for extent in self._open.get(slot_bytes, ()))
+        return self._free[slot_bytes]
