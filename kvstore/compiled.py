@@ -122,6 +122,8 @@ class _Queue:
     def _run(self) -> None:
         while True:
             with self._changed:
+                if not threading.main_thread().is_alive():  # the interpreter ends, and waits for this thread
+                    self._waiting.clear()
                 if not self._waiting:
                     self._running = False
                     self._changed.notify_all()

@@ -81,7 +81,7 @@ class Eraser:
             return 0
         try:
             hot.tier.erase([slot.address for slot in slots]).wait()
-        except TierError as error:
+        except (TierError, RuntimeError) as error:  # the latter is how torch says that the device has failed
             log.warning("forgotten blocks are not yet erased from the device: %s", error)
             residency.counters.add("failed_erases")
             with residency.lock:

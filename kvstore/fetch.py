@@ -93,10 +93,14 @@ class Fetch:
 
 
 def _parts(offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of layers (first, last + 1) of about ``PART_BYTES``."""
-    bounds: list[tuple[int, int]] = []
-    first = 0
-    for layer in range(1, len(offsets)):
+    """Runs of layers (first, last + 1) of about ``PART_BYTES``.
+
+    Where there are several, the first is layer 0 alone: an engine can begin when it has come.
+    """
+    if offsets[-1] <= PART_BYTES:
+        return [(0, len(offsets) - 1)]
+    bounds, first = [(0, 1)], 1
+    for layer in range(2, len(offsets)):
         if offsets[layer] - offsets[first] >= PART_BYTES or layer == len(offsets) - 1:
             bounds.append((first, layer))
             first = layer

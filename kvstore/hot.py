@@ -1,4 +1,4 @@
-"""Which blocks are on the device. The store's lock guards every call.
+"""Which blocks are on the device. The store's lock guards every call but ``report``.
 
 The device holds copies only: a block is here while memory or disk holds it too, so presence is the index's business
 alone. A slot has *users*, the loads that read or fill it; a slot with users is neither evicted nor given back. Streams
@@ -7,6 +7,7 @@ may go on reading a slot when its last user is gone: that is what the tier's eve
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,14 +43,16 @@ class Slot:
         return self.pointer + self.layout.layer_offsets(self.stride)[layer]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Hold:
-    """What a load holds until it ends: its slots, which streams may reuse in their order, and the lease on its blocks,
-    until ``events`` are reached: who writes memory next, a disk read or a save, knows no streams."""
+    """What a load holds until it ends: its slots, which streams may reuse in their order, and until ``events`` are
+    reached the lease on its blocks and what else is ``kept``: who writes memory next, a disk read or a save, knows no
+    streams."""
 
     lease: Lease
     slots: list[Slot]
     events: list[Event] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
 
 
 class Hot:
@@ -62,6 +65,7 @@ class Hot:
         self._slots: dict[int, Slot] = {}  # by block, filled or being filled
         self._leaving: set[Slot] = set()  # of blocks that left the store, with users
         self._erasable: list[Slot] = []
+        self._reported: deque[tuple[Sequence[Slot], Sequence[Event]]] = deque()
 
     def __contains__(self, number: int) -> bool:
         """Whether a load would find the block here."""
@@ -112,6 +116,15 @@ class Hot:
     def touch(self, chain: Sequence[int]) -> None:
         """The blocks of a chain, root first, were used."""
         self._policy.touch(chain)
+
+    def report(self, slots: Sequence[Slot], events: Sequence[Event]) -> None:
+        """``filled``, by whom a finalizer may call: it needs no lock, and counts from the store's next call on."""
+        self._reported.append((slots, events))
+
+    def settle(self) -> None:
+        """Takes in what was reported."""
+        while self._reported:
+            self.filled(*self._reported.popleft())
 
     def filled(self, slots: Iterable[Slot], events: Sequence[Event] = ()) -> None:
         """Their users have put the blocks into them, or streams have, behind ``events``: ``find`` gives them."""

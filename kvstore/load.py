@@ -75,7 +75,7 @@ class Load:
         self.layout = match.layout
         self.tokens = sum(source.tokens for source in sources)
         self.token_ids = match.token_ids
-        self.lease = match.lease
+        self.lease = hold.lease
         self._sources = sources
         self._fetches = [source.held for source in sources if isinstance(source.held, Fetch)]
         self._residency, self._hold = residency, hold
@@ -210,13 +210,18 @@ class Load:
         if len(self._hold.events) % FEW_EVENTS == 0:
             self._under_way()
 
+    def keep(self, memory: object) -> None:
+        """Memory of somebody else's that the streams use, too: it is not let go before the noted events are reached."""
+        self._hold.kept.append(memory)
+
     def _under_way(self) -> list[Event]:
         self._hold.events = [event for event in self._hold.events if not event.done()]
         return self._hold.events
 
     def filled(self, tokens: int | None = None) -> None:
         """The slots that were this load's to fill hold all layers of their blocks, or will when the noted events are
-        reached: from now on other loads find them. ``tokens``: only of the blocks with the first so many tokens."""
+        reached: from now on other loads find them. ``tokens``: only of the blocks with the first so many tokens.
+        Takes no lock of the store's: a cache that is collected may call this in a thread that holds it."""
         full = self.good_tokens(len(self.layout.layers) - 1)
         full = full if tokens is None else min(full, tokens)
         slots, start = [], 0
@@ -226,8 +231,7 @@ class Load:
                 slots.append(source.slot)
             start += source.tokens
         if slots and self._residency.hot is not None:
-            with self._residency.lock:
-                self._residency.hot.filled(slots, self._under_way())
+            self._residency.hot.report(slots, self._under_way())
 
     def release(self) -> None:
         """Ends the load; its pieces and places must not be used any more. Also happens when it is dropped.

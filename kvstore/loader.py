@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 
 from kvstore.block import bad_pieces, decode_header
 from kvstore.errors import Corrupt, TierError
@@ -11,6 +12,7 @@ from kvstore.families import NONE
 from kvstore.fetch import Fetch
 from kvstore.hot import Hold, Hot, Slot
 from kvstore.keys import TOKEN_BYTES
+from kvstore.lease import Lease
 from kvstore.load import Load, Source
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
@@ -31,23 +33,29 @@ class Loader:
         self._mover = mover
         self._fetches: dict[int, Fetch] = {}  # guarded by residency.lock
         self._worker: ThreadStream | None = None  # likewise
+        self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()  # of loads that streams may still work for
 
     def load(self, match: Match, device: bool = False) -> Load:
-        """Starts bringing a match's blocks to host memory; takes over its lease. Any thread.
+        """Starts bringing a match's blocks to host memory; takes over its lease (of two loads, the first). Any thread.
 
         With ``device``, blocks that are on the device need no bringing, and others get a slot there, if there is room.
         """
         residency = self._residency
-        match.loaded = True
         sources: list[Source] = []
         started: list[Fetch] = []
         slots: list[Slot] = []
         position = 0
         with residency.lock:
             residency.check_open()
+            lease = match.lease
+            if match.loaded and lease.active:  # another load has taken it, and may end it while this one reads
+                numbers = [number for number, _ in match.blocks]
+                residency.hold(numbers)
+                lease = Lease(numbers, residency.lease_ended)
+            match.loaded = True
             hot = residency.hot if device else None
             room = int(residency.host.capacity * LEASE_SHARE) - residency.leased_bytes()
-            for number, tokens in match.blocks if match.lease.active else ():  # else others may have the numbers by now
+            for number, tokens in match.blocks if lease.active else ():  # else others may have the numbers by now
                 slot = hot.find(number) if hot is not None else None
                 held: Resident | Fetch | None = None
                 if slot is not None:
@@ -72,9 +80,11 @@ class Loader:
             residency.host_policy.touch([number for number, _ in match.blocks])
             if hot is not None:
                 sources = _placed(sources, hot, slots)
+            hold = Hold(lease, slots)
+            self._holds.add(hold)
         for order, fetch in enumerate(started):
             self._submit(fetch, 0, order)
-        return Load(match, sources, residency, Hold(match.lease, slots))
+        return Load(match, sources, residency, hold)
 
     def _view(self, held: Resident | Fetch | None) -> memoryview | None:
         if held is None:
@@ -142,14 +152,21 @@ class Loader:
         with self._residency.lock:
             self._residency.check_open()
             if self._worker is None:
-                self._worker = ThreadStream("kvstore-ahead")
+                self._worker = ThreadStream("kvstore-ahead", tells=False)
             return self._worker
 
     def close(self) -> None:
-        """The mover is closed: what waits for it fails, and the worker's thread ends."""
+        """The mover is closed: what waits for it fails, the worker's thread ends, and streams have done what was asked
+        of them for loads: the memory that they work on goes next."""
         self.abort()
         if self._worker is not None:
             self._worker.close()
+        for hold in list(self._holds):
+            for event in list(hold.events):
+                try:
+                    event.wait()
+                except RuntimeError as error:
+                    log.warning("the device has failed, and works on no memory any more: %s", error)
 
     def abort(self) -> None:
         """The mover is closed and its jobs are gone: fetches that have not settled fail now."""

@@ -45,8 +45,11 @@ class Mover:
             if len(self._threads) < self._size and self._busy + len(self._heap) > len(self._threads):
                 name = f"kvstore-mover-{len(self._threads)}"
                 thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                try:
+                    thread.start()
+                    self._threads.append(thread)
+                except RuntimeError as error:  # those that there are do it, or one that the next job starts
+                    log.warning("the system gives no more threads: %s", error)
             self._ready.notify()
             return True
 

@@ -128,10 +128,7 @@ class Residency:
 
     def load_ended(self, hold: Hold) -> None:
         """Called by finalizers: no lock is taken."""
-        if hold.slots or hold.events:
-            self._ended_loads.append(hold)
-        else:
-            hold.lease.release()
+        self._ended_loads.append(hold)
 
     def slot_abandoned(self, address: int) -> None:
         """A draft was dropped; called by finalizers: no lock is taken."""
@@ -139,7 +136,10 @@ class Residency:
 
     def settle(self) -> None:
         """Takes in what finalizers have handed over. Locked."""
-        for _ in range(len(self._ended_loads)):
+        ended = len(self._ended_loads)  # they have reported what they filled before
+        if self.hot is not None:
+            self.hot.settle()
+        for _ in range(ended):
             hold = self._ended_loads.popleft()
             slots, hold.slots = hold.slots, []
             hold.events = [event for event in hold.events if not event.done()]

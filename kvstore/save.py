@@ -103,6 +103,16 @@ class Saver:
         self._residency = residency
         self._writer = writer
 
+    def check(self, layout: Layout, drafts: Mapping[int, Draft]) -> None:
+        """``BadInput`` where a draft is not the caller's to give, or not of this layout."""
+        for draft in drafts.values():
+            if draft.layout != layout:
+                raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
+            if not draft.usable(self._residency):
+                raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
+        if len({id(draft) for draft in drafts.values()}) < len(drafts):
+            raise BadInput("a draft stands for two blocks; ask store.draft for one each")
+
     def save(
         self,
         namespace: Namespace,

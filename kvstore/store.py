@@ -130,12 +130,18 @@ class Store:
         self._alive()
         return self._loader.load(match, device)
 
-    # -- writing -----------------------------------------------------------------------------------------------
+    def expect(self, layout: Layout) -> None:
+        """An engine with caches of this layout is there: memory for its blocks is made ready beside it, from now on."""
+        residency = self._alive()
+        with residency.lock:
+            residency.host.expect(layout.full_slot_bytes)
 
     def worker(self) -> ThreadStream:
         """A thread of the store's for work that adapters want done beside the engine's; ends with the store."""
         self._alive()
         return self._loader.worker()
+
+    # -- writing -----------------------------------------------------------------------------------------------
 
     def draft(self, layout: Layout) -> Draft | None:
         """A private host slot to write one block into; None when memory is short, and the save ends before it."""
@@ -174,13 +180,7 @@ class Store:
         tokens = token_bytes(token_ids)
         if ttl is not None and not ttl > 0:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
-        for draft in drafts.values():
-            if draft.layout != layout:
-                raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
-            if not draft.usable(self._residency):
-                raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
-        if len({id(draft) for draft in drafts.values()}) < len(drafts):
-            raise BadInput("a draft stands for two blocks; ask store.draft for one each")
+        self._saver.check(layout, drafts)
         self._known.add(namespace)
         return self._saver.save(namespace, layout, tokens, drafts, owner, ttl, writer)
 

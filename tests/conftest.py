@@ -35,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[BASE_SEED] = base or random.SystemRandom().randrange(1, 2**31)
 
 
+def pytest_sessionstart() -> None:
+    """What a driver opens once per process, on a machine that has one, is open before any test begins."""
+    if os.path.exists("/dev/nvidiactl"):
+        import torch
+
+        if torch.cuda.is_available():
+            torch.ones(1, device="cuda").cpu()
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"kvstore: --seed {config.stash[BASE_SEED]}"
 
@@ -87,7 +96,8 @@ def open_descriptors() -> dict[int, str]:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # the descriptor of the listing itself
             continue
-        if "/site-packages/" not in target:  # a library's own fonts and tables, which it keeps open on purpose
+        # A library's own fonts and tables, and what a driver has open, are kept on purpose.
+        if "/site-packages/" not in target and not target.startswith("/dev/nvidia"):
             found[int(name)] = target
     return found
 

@@ -185,6 +185,19 @@ def test_tables_and_targets_that_do_not_fit_are_refused(seed: int) -> None:
     for wrong in (wide, mixed):
         with pytest.raises(BadInput):
             rope_gpu.transfer(case.runs(), good, wrong)
+    elsewhere = Turn(good.cos.to("meta"), good.sin.to("meta"), HALF, True)
+    with pytest.raises(BadInput):
+        rope_gpu.transfer(case.runs(), elsewhere, target)
+
+
+def test_pages_are_contiguous_int64(seed: int) -> None:
+    case = Case(torch.bfloat16, (16, 16), np.random.default_rng(seed), page_tokens=4)
+    case.add(8, 0, 8, 0, 0)
+    target = case.target()
+    assert target.pages is not None
+    for pages in (target.pages.int(), target.pages.repeat_interleave(2)[::2]):
+        with pytest.raises(BadInput):
+            rope_gpu.transfer(case.runs(), None, Target(target.keys, target.values, pages))
 
 
 def test_pairs_move_as_words_only_where_words_are_aligned(seed: int) -> None:
@@ -193,14 +206,6 @@ def test_pairs_move_as_words_only_where_words_are_aligned(seed: int) -> None:
     odd = Turn(turn.cos, turn.sin, INTERLEAVED, True, first=3)
     paired = [rope_gpu.form(bits, turn, target)["PAIRED"] for bits in (0, 4, 2)]
     assert paired == ["words", "words", "apart"] and rope_gpu.form(0, odd, target)["PAIRED"] == "apart"
-
-
-def test_warming_up_writes_nothing(seed: int) -> None:
-    case = Case(torch.bfloat16, (16, 16), np.random.default_rng(seed))
-    target = case.target()
-    before = memory(target.keys).clone()
-    rope_gpu.warm(tables(case.generator, 50, 8, torch.bfloat16, HALF, True, 0), target)
-    assert same(memory(target.keys), before)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA here")
@@ -212,7 +217,7 @@ def test_prepared_runs_replay_in_a_graph_and_equal_plain_torch_on_the_device(see
     other = case.target()
     plain.transfer(case.runs(), turn, other)
     ready = rope_gpu.prepare(case.runs(), DEVICE)
-    rope_gpu.warm(turn, target)
+    rope_gpu.transfer(ready, turn, case.target())  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         rope_gpu.transfer(ready, turn, target)

@@ -48,6 +48,15 @@ def second_turn(model: Any, reuse: Any, ids: torch.Tensor, seed: int) -> tuple[i
     return hit.cached_tokens, logits, tokens
 
 
+def in_memory(model: Any, ids: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """Logits of ``more`` behind ``ids``, with the model's own cache."""
+    memory = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=memory, use_cache=True)
+        logits: torch.Tensor = model(input_ids=more, past_key_values=memory, use_cache=True).logits
+    return logits
+
+
 def leases_left(store: kvstore.Store) -> int:
     """Leases that are held when nothing is being brought ahead of a model any more."""
     store.worker().record().wait()

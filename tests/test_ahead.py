@@ -172,3 +172,19 @@ def test_a_store_that_closes_stops_nobody() -> None:
     ahead = Ahead(lambda layer: layer, layers=2, depth=2, worker=worker)
     ahead.start()
     assert ahead.take(0) is None
+
+
+def test_a_hit_takes_one_place_in_the_workers_queue() -> None:
+    """However many layers a hit asks for while the worker is held up: whoever queues must never wait for room."""
+    steps = Steps()
+    ahead = Ahead(lambda layer: layer, layers=80, depth=4, worker=steps)
+    ahead.start()
+    for layer in range(70):
+        assert ahead.take(layer) is None
+        ahead.reached(layer)
+    assert len(steps.waiting) == 1
+    steps.step()
+    ahead.reached(70)
+    assert len(steps.waiting) == 1
+    steps.step()
+    assert [ahead.take(layer) for layer in range(70, 75)] == [*range(70, 75)]

@@ -1,15 +1,19 @@
 """The GPU's benchmark on a machine without one: the same code at small sizes, Triton's kernel in its interpreter."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from kvstore.bench.gpu import exactness, waits
+from kvstore.bench.gpu.__main__ import measured
 from kvstore.bench.gpu.setting import Figure, Setting
 from kvstore.tensors.plain import transfer
 from kvstore.tensors.rope import Turn
@@ -70,6 +74,21 @@ def test_a_kernel_that_is_wrong_is_noticed() -> None:
     for kernel, right in ((transfer, True), (wrong, False), (idle, False)):
         figures = {figure.name: figure.value for figure in exactness.compared(Setting(CPU, small=True), kernel)}
         assert figures["bit_equal"] is right
+
+
+def test_a_part_that_breaks_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfACompiler(Exception):
+        pass
+
+    def breaks(setting: Setting) -> Iterator[Figure]:
+        yield Figure("before", 1.0)
+        raise OfACompiler("no such instruction\nand more")
+
+    monkeypatch.setattr(waits, "measure", breaks)
+    setting = Setting(CPU, small=True)
+    figures, failed = measured(setting, ["waits", "exactness"], Console(file=io.StringIO()))
+    assert failed == ["waits"] and [figure.name for figure in figures["waits"]] == ["before"] and figures["exactness"]
+    assert "waits: failed, OfACompiler: no such instruction" in setting.notes
 
 
 def test_the_stress_finds_missing_waits_and_only_those() -> None:

@@ -138,6 +138,27 @@ def test_it_is_pinned_in_runs_of_whole_slots(ledger: Ledger, monkeypatch: pytest
     tier.close()
 
 
+def kept_from_children(address: int) -> bool:
+    """Whether a fork leaves out the memory there."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            found = low <= address < high
+        elif found and first == "VmFlags:":
+            return "dc" in rest
+    raise AssertionError("there is no memory")
+
+
+@pytest.mark.parametrize("pins", [True, False], ids=["pinned", "pageable"])
+def test_a_fork_does_not_move_pages_away_from_the_device(pins: bool, ledger: Ledger) -> None:
+    tier = HostTier(16 * MIB, ledger if pins else None)
+    (address,) = grown(tier, 64 << 10, 1)
+    assert kept_from_children(tier.pointer(address)) is pins
+    tier.close()
+
+
 def test_what_was_never_touched_is_not_unpinned(ledger: Ledger) -> None:
     tier = HostTier(16 * MIB, ledger)
     addresses = grown(tier, 64 << 10, 3)

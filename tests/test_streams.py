@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -172,3 +174,64 @@ def test_who_brings_too_much_work_waits() -> None:
     task.result()
     stream.close()
     assert done == list(range(10))
+
+
+def test_where_strangers_share_it_an_error_is_nobodys_but_the_logs(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> None:
+        raise ValueError("broken work")
+
+    stream, done = ThreadStream("kvstore-test", tells=False), list[int]()
+    stream.run(broken)
+    stream.record().wait()
+    stream.run(lambda: done.append(1))
+    stream.close()
+    assert done == [1]
+    assert [record.message for record in caplog.records] == ["work in the stream kvstore-test failed"]
+
+
+def test_its_own_work_may_close_it() -> None:
+    stream = ThreadStream("kvstore-test")
+    stream.run(stream.close)
+    stream._thread.join(PATIENCE)
+    assert not stream._thread.is_alive()
+    stream.close()
+
+
+def test_who_closes_a_full_one_does_not_stop_work_that_asks_for_more() -> None:
+    stream, gate, begun = ThreadStream("kvstore-test", room=1), threading.Event(), threading.Event()
+    refused: list[StoreClosed] = []
+
+    def asks() -> None:
+        begun.set()
+        gate.wait(PATIENCE)
+        try:
+            stream.record()
+        except StoreClosed as error:
+            refused.append(error)
+
+    stream.run(asks)
+    assert begun.wait(PATIENCE)
+    stream.run(lambda: None)
+    closing = Task(stream.close)
+    while not stream._closed:
+        closing.join(0.01)
+    gate.set()
+    closing.result()
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("what", ["a.copy_(a.clone())", "torch.mm(a, a)"])
+def test_the_interpreter_ends_well_while_there_is_work(what: str) -> None:
+    """A thread that comes out of torch when the interpreter is gone would abort the process."""
+    code = f"""
+import threading, torch
+from kvstore.tensors.streams import ThreadStream
+stream, begun, a = ThreadStream("kvstore-test"), threading.Event(), torch.rand(300, 300)
+def work():
+    begun.set()
+    for _ in range(100): {what}
+for _ in range(1000): stream.run(work)
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

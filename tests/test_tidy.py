@@ -61,13 +61,15 @@ PUBLIC |= {"policies"}  # they are pure: figures in, decisions out
 
 BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
-# Top loops of threads, which must survive anything: "module:function".
+# Top loops of threads and of a long run, which must survive anything: "module:function".
 BROAD_EXCEPT = {
     "adapters.transformers.ahead:_run",
+    "adapters.transformers.loaded:_tried",
     "mover:_work",
     "mover:_run",
     "compiled:_run",
     "tensors.streams:_run",
+    "bench.gpu.__main__:measured",
 }
 
 

@@ -7,6 +7,7 @@ end now, the memory could go while it is read. So the one who drops only says so
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Ahead:
         # Reentrant, because a cache may be collected, and so closed, inside any of these sections.
         self._changed = threading.Condition(threading.RLock())  # guards the fields below
         self._queued: set[int] = set()
+        self._asked = False  # the worker has been, and has not come to the end of what is queued
         self._running: int | None = None
         self._brought: dict[int, Any] = {}
         self._closed = False
@@ -71,27 +73,39 @@ class Ahead:
         then()
 
     def _queue(self, upto: int) -> None:
-        while self._next < min(upto, self._layers):
-            layer, self._next = self._next, self._next + 1
-            with self._changed:
-                self._queued.add(layer)
-            try:
-                self._worker.run(lambda layer=layer: self._run(layer))  # type: ignore[misc]
-            except StoreClosed:
-                return  # nobody will begin; whoever asks does it himself
+        with self._changed:
+            upto = min(upto, self._layers)
+            if self._closed or upto <= self._next:
+                return
+            self._queued.update(range(self._next, upto))
+            self._next = upto
+            if self._asked:
+                return
+            self._asked = True
+        # One work at a time, however many layers: a worker that is held up must not fill up and hold up the model.
+        with contextlib.suppress(StoreClosed):  # then nobody begins; whoever asks does it himself
+            self._worker.run(self._work)
+
+    def _work(self) -> None:
+        while (layer := self._begun()) is not None:
+            self._run(layer)
+
+    def _begun(self) -> int | None:
+        with self._changed:
+            self._running = min(self._queued, default=None)
+            if self._running is None:
+                self._asked = False
+            else:
+                self._queued.discard(self._running)
+            return self._running
 
     def _run(self, layer: int) -> None:
-        with self._changed:
-            if layer not in self._queued:
-                return
-            self._queued.discard(layer)
-            self._running = layer
         brought = None
         try:
-            if not self._closed:
-                brought = self._bring(layer)
+            brought = self._bring(layer)
         except Exception as error:  # top of a thread's work: whoever asks for the layer tries again, and hears of it
-            log.warning("layer %d could not be brought ahead: %s", layer, error)
+            # As text: an error refers to everything on its way here, and who keeps log records would keep it all.
+            log.warning("layer %d could not be brought ahead: %s: %s", layer, type(error).__name__, str(error))
         finally:
             with self._changed:
                 self._running = None

@@ -7,6 +7,7 @@ one place for all rows; needed where attention counts columns (sliding windows),
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,8 @@ def lay_out(prompts: Prompts, columns: int, tokens: Sequence[int], device: torch
     mask = torch.zeros((len(prompts.rows), width), dtype=torch.long)
     positions = torch.zeros((len(prompts.rows), width), dtype=torch.long)
     for number, (row, cached) in enumerate(zip(prompts.rows, tokens, strict=True)):
-        values, places = torch.tensor(row), torch.arange(len(row))
+        values = torch.frombuffer(array("q", row), dtype=torch.long)  # much quicker than from a list
+        places = torch.arange(len(row))
         for first, last, stop in ((0, cached, columns), (cached, len(row), width)):
             span = slice(stop - (last - first), stop)
             ids[number, span], positions[number, span] = values[first:last], places[first:last]

@@ -93,7 +93,7 @@ class ReuseCache(DynamicCache):
         self.recorder.layer(layer_idx, key_states, value_states)
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._timed:
-            self.loaded.passed(layer_idx)
+            self.loaded.passed(layer_idx, key_states.shape[-2])
         return result
 
     # -- what changes the batch or its length -------------------------------------------------------------------------
@@ -117,11 +117,14 @@ class ReuseCache(DynamicCache):
         """Remove the last tokens (a negative number, as transformers has it)."""
         unread = any(layer.waiting for layer in self.layers)
         super().crop(tokens_to_remove)
+        if unread and not any(layer.waiting for layer in self.layers):
+            self.loaded.release()  # nobody will ask for it
         self.recorder.crop(abs(tokens_to_remove), unread)
 
     def reset(self) -> None:
         """Forget everything; nothing more is recorded."""
         self.recorder.end_all("the cache was reset")
+        self.loaded.release()
         super().reset()
 
     # -- what reads it outside a forward pass -------------------------------------------------------------------------

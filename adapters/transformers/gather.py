@@ -94,13 +94,17 @@ class Gather:
         keys, values = (self._carrier.empty(turns, shape, self._dtype) for shape in shapes)
         turns.run(lambda: self._write(layer, places, parts, size, (keys, values)))
         event = turns.record()
-        for carried in self._carried:
-            if carried is not None:
+        for part in parts:
+            carried = self._carried[places[part.place]]
+            if carried is not None and part.hole < size:
                 carried.used(layer, event)
         return Brought(keys, values, event)
 
     def tail(self, layer: int, row: int, block: int, tokens: int) -> Pair | None:
-        """Keys before rotation and values of the first ``tokens`` of a row's block, [heads, tokens, dim]."""
+        """Keys before rotation and values of the first ``tokens`` of a row's block, [heads, tokens, dim].
+
+        They are the store's own memory: say ``tail_read`` as soon as the engine's stream has been asked to read them.
+        """
         load, spec = self.loads[row], self._specs[layer]
         if load is None:
             return None
@@ -113,6 +117,12 @@ class Gather:
             for address, dim in ((place.keys, spec.key_dim), (place.values, spec.value_dim))
         )
         return keys, values
+
+    def tail_read(self, row: int) -> None:
+        """The memory stays until the engine's stream, which the host may be far ahead of, has come so far."""
+        carried = self._carried[row]
+        if carried is not None:
+            carried.read(current(self._device).record())
 
     def release(self) -> None:
         """End the leases; what was given out is the model's."""

@@ -24,9 +24,9 @@ class _Waiting(DynamicLayer):
         self.index, self.waiting = index, source.columns
         self.places = range(source.rows)
 
-    def _taken(self, start: int, room: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _taken(self, room: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.source is not None
-        pair = self.source.take(self.index, self.places, start, self.waiting, room, like)
+        pair = self.source.take(self.index, self.places, self.waiting, room, like)
         self.source, self.waiting = None, 0
         return pair
 
@@ -73,7 +73,7 @@ class LazyLayer(_Waiting):
             return result
         self.lazy_initialization(key_states, value_states)
         size, room = self.waiting, key_states.shape[-2]
-        keys, values = self._taken(0, room, key_states)
+        keys, values = self._taken(room, key_states)
         # In place behind the cached part: the same tensor as a concatenation gives, without the second copy.
         keys[:, :, size:] = key_states
         values[:, :, size:] = value_states
@@ -84,7 +84,7 @@ class LazyLayer(_Waiting):
         """Bring the cached part now, outside a forward pass."""
         if self.waiting:
             self.lazy_initialization(like, like)
-            self.keys, self.values = self._taken(0, 0, like)
+            self.keys, self.values = self._taken(0, like)
 
     def get_seq_length(self) -> int:
         """Columns held, those that wait included."""
@@ -118,8 +118,7 @@ class LazySlidingLayer(_Waiting, DynamicSlidingWindowLayer):
         """Bring the cached part of the window now."""
         if self.waiting:
             self.lazy_initialization(like, like)
-            start = max(0, self.waiting - self.sliding_window + 1)
-            self.keys, self.values = self._taken(start, 0, like)
+            self.keys, self.values = self._taken(0, like)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number, as transformers has it)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,11 +17,30 @@ from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Timeline
 from kvstore.tensors.streams import current
 
+log = logging.getLogger("kvstore")
+
+
+class Aim(NamedTuple):
+    """What a layer is wanted for: the row that each sequence continues, columns to load, new ones behind them."""
+
+    places: tuple[int, ...]
+    columns: int
+    room: int
+
+
+class Made(NamedTuple):
+    """A layer as it was aimed for, and the seconds it took."""
+
+    aim: Aim
+    brought: Brought
+    seconds: float
+
 
 class Loaded:
     """What the store gives for each row of a batch, and what to do when it does not.
 
-    ``room`` is the number of new columns that the first forward pass is expected to bring.
+    ``room`` is the number of new columns that the first forward pass is expected to bring. When another number comes,
+    or other sequences (beams), the layers that were brought for it are no use; those after the first are aimed anew.
     """
 
     def __init__(
@@ -36,42 +57,47 @@ class Loaded:
         self.recorder = recorder
         self.timeline = Timeline()
         self.recomputed = 0  # layers that the model had to compute again
+        self.brought_ahead = 0  # layers that the model found as it wanted them
         self.columns, self.rows = gather.columns, len(gather.tokens)
-        self._gather, self._room, self._specs = gather, room, specs
+        self._gather, self._specs = gather, specs
+        self._aim = Aim(tuple(range(self.rows)), self.columns, room)  # replaced in one step; the worker reads it
         self._recompute = recompute
         self._instead: list[Pair] | None = None
-        self._deadline: float | None = None
+        self._deadline: float | None = None  # of the model, from the moment it first asks
+        self._deadline_ahead: float | None = None  # of the worker, until then
         self._patience = patience
         self._pace = pace or Pace()
         self._untaken = len(specs)
-        self._loading = 0.0  # seconds spent on bringing layers
+        self._loading = 0.0  # seconds that bringing the layers took which the model has taken
         self._computing: tuple[int, float] | None = None  # the layer that the model works on, and since when
         self._computed = 0.0
+        self._new = 0  # columns that the model computes
         self._ahead: Ahead | None = None
         if worker is not None and self.columns:
             depth = self._pace.depth(self.columns, room, len(specs))
             self._ahead = Ahead(self._bring, len(specs), depth, worker)
             self._ahead.start()
 
-    def take(self, layer: int, places: Sequence[int], start: int, stop: int, room: int, like: torch.Tensor) -> Pair:
-        """Keys and values of columns ``start`` to ``stop``, with ``room`` for more behind them.
+    def take(self, layer: int, places: Sequence[int], columns: int, room: int, like: torch.Tensor) -> Pair:
+        """Keys and values of the first ``columns`` (or what a window leaves of them), with ``room`` for more behind.
 
         ``places`` says which row each sequence of the batch continues, ``like`` gives dtype and device.
         """
-        brought: Brought | None = None
-        if self._ahead is not None:
-            expected = (list(range(self.rows)), self._start(layer), self.columns, self._room_of(layer))
-            brought = self._ahead.take(layer)
-            if (list(places), start, stop, room) != expected or self._instead is not None:
-                brought = None
-        if brought is None:
-            brought = self._now(layer, places, start, stop, room)
+        if self._deadline is None:
+            self._deadline = time.perf_counter() + self._patience
+        aim = self._aim = Aim(tuple(places), columns, room if self._specs[layer].window is None else self._aim.room)
+        made = None if self._ahead is None else self._ahead.take(layer)
+        if made is not None and made.aim == aim and self._instead is None:
+            self.brought_ahead += 1
+        else:
+            made = self._now(layer, aim)
+        self._loading += made.seconds
         self._seed(layer)
         self._untaken -= 1
         if not self._untaken:
             self._note_fetches()
             self.release()
-        return _handed_over(brought, like)
+        return _handed_over(made.brought, like)
 
     def release(self) -> None:
         """End the leases; what was taken is the model's."""
@@ -92,9 +118,9 @@ class Loaded:
             self._computed += now - since
             self._computing = None
 
-    def passed(self, layer: int) -> None:
-        """The model has what it asked for."""
-        self._computing = (layer, time.perf_counter())
+    def passed(self, layer: int, new: int) -> None:
+        """The model has what it asked for, and computes ``new`` columns."""
+        self._computing, self._new = (layer, time.perf_counter()), new
         if self._ahead is not None:
             self._ahead.reached(layer)
 
@@ -102,54 +128,63 @@ class Loaded:
         """The forward pass that the load was for is over; whether it was one."""
         if self._computing is None:
             return False
+        whole = self._computing[0] == len(self._specs) - 1
         self.reached(len(self._specs))
-        if not self._untaken:
-            self._pace.loaded(self._loading, self.columns)
-        self._pace.computed(self._computed, self._room)
+        if whole:  # else it failed half way
+            self._pace.computed(self._computed, self._new)
+            if not (self._untaken or self.recomputed):
+                self._pace.loaded(self._loading, self.columns)
         return True
 
     # -- how a layer is had -------------------------------------------------------------------------------------------
 
-    def _start(self, layer: int) -> int:
-        window = self._specs[layer].window
-        return 0 if window is None else max(0, self.columns - window + 1)
-
-    def _room_of(self, layer: int) -> int:
-        return self._room if self._specs[layer].window is None else 0
-
-    def _bring(self, layer: int) -> Brought | None:
+    def _bring(self, layer: int) -> Made | None:
         """A layer as the first forward pass will want it; runs in the worker's thread."""
-        return self._stored(layer, range(self.rows), self._start(layer), self.columns, self._room_of(layer))
+        if self._deadline_ahead is None:
+            self._deadline_ahead = time.perf_counter() + self._patience
+        return self._stored(layer, self._aim, self._deadline or self._deadline_ahead)
 
-    def _now(self, layer: int, places: Sequence[int], start: int, stop: int, room: int) -> Brought:
+    def _now(self, layer: int, aim: Aim) -> Made:
         """A layer as it is wanted, out of the store or, where that fails, out of the model itself."""
-        brought = self._stored(layer, places, start, stop, room) if self._instead is None else None
-        if brought is not None:
-            return brought
         if self._instead is None:
+            made = self._tried(layer, aim)
+            if made is not None:
+                return made
             # Inside the forward pass the cut is out of reach: masks and positions count on these tokens.
             self.recorder.stop(f"layer {layer} could not be loaded and was computed again")
             self._instead = self._recompute()
         self.recomputed += 1
-        rows = torch.as_tensor(list(places))
+        rows, start = torch.as_tensor(aim.places), self._start(layer, aim)
         taken = []
         for source in self._instead[layer]:
-            kept = source[rows.to(source.device), :, start:stop]
-            taken.append(torch.nn.functional.pad(kept, (0, 0, 0, room)))
-        return Brought(taken[0], taken[1])
+            kept = source[rows.to(source.device), :, start : aim.columns]
+            taken.append(torch.nn.functional.pad(kept, (0, 0, 0, self._room(layer, aim))))
+        return Made(aim, Brought(taken[0], taken[1]), 0.0)
 
-    def _stored(self, layer: int, places: Sequence[int], start: int, stop: int, room: int) -> Brought | None:
+    def _tried(self, layer: int, aim: Aim) -> Made | None:
+        assert self._deadline is not None
+        try:
+            return self._stored(layer, aim, self._deadline)
+        except Exception as error:  # no memory, a kernel that fails: whatever it is, the model can do without
+            log.warning("layer %d could not be loaded: %s: %s", layer, type(error).__name__, str(error))
+            return None
+
+    def _stored(self, layer: int, aim: Aim, deadline: float) -> Made | None:
         begin = time.perf_counter()
-        if self._deadline is None:
-            self._deadline = begin + self._patience
-        if not self._gather.wait(layer, timeout=max(0.0, self._deadline - begin)):
+        if not self._gather.wait(layer, timeout=max(0.0, deadline - begin)):
             return None
         there = time.perf_counter()
-        brought = self._gather.layer(layer, places, start, stop, room)
+        brought = self._gather.layer(layer, aim.places, self._start(layer, aim), aim.columns, self._room(layer, aim))
         now = time.perf_counter()
         self.timeline.add(LOAD, layer, there, now)
-        self._loading += now - begin
-        return brought
+        return Made(aim, brought, now - begin)
+
+    def _start(self, layer: int, aim: Aim) -> int:
+        window = self._specs[layer].window
+        return 0 if window is None else max(0, aim.columns - window + 1)
+
+    def _room(self, layer: int, aim: Aim) -> int:
+        return aim.room if self._specs[layer].window is None else 0
 
     def _seed(self, layer: int) -> None:
         """The block that new tokens go into begins with stored ones: the recorder wants their originals."""
@@ -161,6 +196,7 @@ class Loaded:
                 originals = self._gather.tail(layer, number, block, tokens)
                 if originals is not None:
                     row.seed(layer, *originals)
+                    self._gather.tail_read(number)
 
     def _note_fetches(self) -> None:
         for layer in range(len(self._specs)):

@@ -8,6 +8,7 @@ import torch
 
 from kvstore.adapters.transformers.buffers import LayerSpec, view
 from kvstore.adapters.transformers.row import Row
+from kvstore.errors import StoreClosed
 from kvstore.keys import Namespace
 from kvstore.layout import Layout
 from kvstore.store import Store
@@ -25,11 +26,14 @@ def reopen(
     """Make ``row`` record again behind its saved tokens; False when they are not in the store any more."""
     row.base = len(row.ids)
     block, tokens = row.tail()
-    match = store.match(namespace, layout, [*row.ids, 0])
-    if match.tokens < row.base:
-        match.release()
+    try:
+        match = store.match(namespace, layout, [*row.ids, 0])
+        if match.tokens < row.base:
+            match.release()
+            return False
+        load = store.load(match)
+    except StoreClosed:
         return False
-    load = store.load(match)
     try:
         if load.tokens < row.base:
             return False

@@ -29,6 +29,7 @@ from kvstore.errors import BadInput, StoreClosed
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import BLOCK_TOKENS, LayerShape, Layout
 from kvstore.match import Miss
+from kvstore.save import Draft
 from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
 
@@ -69,12 +70,13 @@ class Reuse:
     def refresh(self) -> None:
         """Test and fingerprint the model again, after its weights, adapters or attention were changed on purpose."""
         self._attached = attach_test(self._decoder, self)
+        shapes = tuple(LayerShape(spec.heads, spec.key_dim, spec.value_dim) for spec in self._attached.specs)
+        self.layout = Layout(shapes, dtype_name(self._attached.dtype), self._block_tokens)
+        self.store.expect(self.layout)  # while the fingerprint is taken
         given = self._given_fingerprint
         if given is None:
             given = fingerprint(self.model, self.store)
         self.fingerprint = given if isinstance(given, Fingerprint) else Fingerprint({"given": given})
-        shapes = tuple(LayerShape(spec.heads, spec.key_dim, spec.value_dim) for spec in self._attached.specs)
-        self.layout = Layout(shapes, dtype_name(self._attached.dtype), self._block_tokens)
         self._staging = staging_on(self.layout, self._attached.dtype, self._attached.specs[0].device)
         self._stamp = watch.sweep(self._base)
         device = self._attached.device
@@ -271,13 +273,20 @@ class Reuse:
     def _worker(self) -> Worker | None:
         try:
             return self.store.worker()
-        except StoreClosed:
+        except (StoreClosed, RuntimeError):  # closed, or the system gives no more threads: layers come when asked for
             return None
 
     def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
         attached, store, layout, staging = self._attached, self.store, self.layout, self._staging
+
+        def new_draft() -> Draft | None:
+            try:
+                return store.draft(layout)
+            except StoreClosed:  # inside a forward pass, which goes on
+                return None
+
         rows = [
-            Row(ids[:count], attached.specs, attached.dtype, layout.block_tokens, lambda: store.draft(layout), staging)
+            Row(ids[:count], attached.specs, attached.dtype, layout.block_tokens, new_draft, staging)
             for ids, count in zip(prompts.rows, plan.tokens, strict=True)
         ]
         held = plan.mask[:, : plan.columns].to("cpu", torch.bool)

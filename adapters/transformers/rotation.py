@@ -7,9 +7,10 @@ very tensor that the rotary function was given, the second calls that function a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,28 +41,39 @@ def replaced(
     return new_args, {name: changes.get(name, value) for name, value in kwargs.items()}
 
 
+class Known(NamedTuple):
+    """A table as far as it is made. Replaced as one, so that nobody sees a new length and old angles."""
+
+    length: int  # positions
+    outputs: tuple[torch.Tensor, ...]
+    turns: dict[Any, Turn]  # made of the outputs, for kernels
+    shorter: Known | None  # stays: a device may be reading it. All of those together are no longer than this one
+
+
 @dataclass(eq=False)
 class Table:
-    """Cosines and sines for positions from 0 on, as the model's rotary module gives them."""
+    """Cosines and sines for positions from 0 on, as the model's rotary module gives them. Any thread."""
 
     module: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state_slot: Slot | None  # the argument that only says dtype and device
     position_slot: Slot
-    _outputs: tuple[torch.Tensor, ...] = ()
-    _length: int = 0
-    turns: dict[Any, Turn] = field(default_factory=dict)  # made of the outputs, for kernels; as long as they are
+    _known: Known = field(default_factory=lambda: Known(0, (), {}, None))  # replaced in one step
+    _growing: threading.Lock = field(default_factory=threading.Lock)
 
     def upto(self, length: int) -> tuple[torch.Tensor, ...]:
         """The module's outputs, at least ``length`` positions long."""
-        outputs = self._outputs
-        if self._length < length:
-            length = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
-            outputs = self._outputs = self.at(torch.arange(length)[None])
-            self._length = length
-            self.turns.clear()
-        return outputs
+        return self.known(length).outputs
+
+    def known(self, length: int) -> Known:
+        """The outputs, at least ``length`` positions long, and what was made of them."""
+        if self._known.length < length:
+            with self._growing:
+                if self._known.length < length:
+                    length = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
+                    self._known = Known(length, self.at(torch.arange(length)[None]), {}, self._known)
+        return self._known
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The module's outputs for ``positions`` of shape [1, T]."""
@@ -90,13 +102,13 @@ class Form:
 
         Shared by all layers of the same form.
         """
-        outputs = self.table.upto(length)
-        device = device or outputs[self.cos].device
+        known = self.table.known(length)
+        device = device or known.outputs[self.cos].device
         key = (device, self.cos, self.sin, self.columns, self.pairing, self.rounded, self.first)
-        turn = self.table.turns.get(key)
+        turn = known.turns.get(key)
         if turn is None:
-            cos, sin = (self._pairs(outputs[which]).to(device) for which in (self.cos, self.sin))
-            turn = self.table.turns[key] = Turn(cos, sin, self.pairing, self.rounded, self.first)
+            cos, sin = (self._pairs(known.outputs[which]).to(device) for which in (self.cos, self.sin))
+            turn = known.turns[key] = Turn(cos, sin, self.pairing, self.rounded, self.first)
         return turn
 
     def _pairs(self, output: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,7 @@ class Row:
         if block is None:
             draft = self._new_draft()
             if draft is None:
-                self.end("the store has no memory left for recording")
+                self.end("the store has no memory left for recording, or is closed")
                 return None
             if self._staging is None:
                 block = Block(draft, payload_of(draft.layout, self._dtype))

@@ -18,7 +18,7 @@ from kvstore.bench.gpu.setting import Figure, Setting
 from kvstore.layout import Layout
 from kvstore.tensors.rope import HALF
 from kvstore.tensors.runs import COLUMN, KEYS, POSITION, STRIDE, TOKENS, VALUES, Target
-from kvstore.tensors.transfer import transfer
+from kvstore.tensors.transfer import GPU, transfer
 
 GB = 1e9
 
@@ -43,7 +43,8 @@ def measure(setting: Setting) -> Iterator[Figure]:
 def kernel_rates(setting: Setting) -> dict[str, float]:
     """Bytes per second from blocks that lie on the device to a Hugging Face cache, all layers of a prompt.
 
-    ``resident_kernel``: the runs of all layers go to the device at once; ``resident_transfer``: layer by layer.
+    ``resident_kernel``: the kernel alone, launched by a graph, its runs on the device already. ``resident_transfer``:
+    as a load does it, the host sends the runs of each layer and launches the kernel.
     """
     config = setting.thin_model.config
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
@@ -62,17 +63,21 @@ def kernel_rates(setting: Setting) -> dict[str, float]:
         for layer, target in enumerate(targets):
             transfer(runs[layer], turn, target)
 
-    def at_once() -> None:
-        from kvstore.tensors import rope_gpu
+    if setting.cuda:
+        GPU.wait()  # else plain torch serves until it is there
+    moved = count * payload
+    rates = {"resident_transfer": moved / setting.seconds(by_layer)}
+    if not setting.triton:
+        return rates | {"resident_kernel": rates["resident_transfer"]}
+    from kvstore.tensors import rope_gpu
 
-        ready = rope_gpu.prepare(runs, setting.device)
+    ready = rope_gpu.prepare(runs, setting.device)
+
+    def launched() -> None:
         for layer, target in enumerate(targets):
             rope_gpu.transfer(ready.layer(layer), turn, target)
 
-    moved = count * payload
-    by_layers = moved / setting.seconds(by_layer)
-    prepared = moved / setting.seconds(at_once) if setting.triton else by_layers
-    return {"resident_kernel": prepared, "resident_transfer": by_layers}
+    return rates | {"resident_kernel": moved / setting.seconds(setting.graphed(launched))}
 
 
 def whole_blocks(layout: Layout, starts: np.ndarray) -> np.ndarray:
@@ -98,6 +103,7 @@ def loads(setting: Setting, tier: str, pool: str | int, limit: float, goal: floa
         model(**hit.forward_inputs, logits_to_keep=1)
         original = [(layer.keys, layer.values) for layer in hit.cache.layers]
         reuse.save(ids, hit.cache).wait()
+        setting.pin(store)
         del hit
         loaded: list[Any] = []
 

@@ -22,6 +22,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
         hit = reuse.load(ids)
         first_token(model, hit.forward_inputs)
         reuse.save(ids, hit.cache).wait()
+        setting.pin(store)
         del hit
 
         def host() -> None:

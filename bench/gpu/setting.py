@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -168,6 +169,25 @@ class Setting:
             end.synchronize()
             times.append(float(begin.elapsed_time(end)) / 1e3)
         return statistics.median(times)
+
+    def graphed(self, work: Callable[[], object]) -> Callable[[], object]:
+        """``work``, which only launches kernels, without what it costs the host to launch them."""
+        work()  # kernels are compiled
+        if not self.cuda:
+            return work
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def pin(self, store: Store) -> None:
+        """Waits until the store has pinned its memory, which it does beside its work; notes what stays pageable."""
+        deadline = time.monotonic() + 60
+        while self.cuda and (pageable := store.stats()["gauges"]["host_pageable_bytes"]):
+            if time.monotonic() > deadline:
+                self.notes.append(f"{pageable} bytes of the host tier are not pinned")
+                return
+            threading.Event().wait(0.05)
 
     def clocked(self, work: Callable[[], object]) -> float:
         """Seconds until all that ``work`` started is over, of the host's clock: for what waits on the host as well."""

@@ -52,7 +52,7 @@ class Recycler:
             return sum(size for size, _, _ in self._idle)
 
     def _take(self, size: int) -> mmap.mmap:
-        step = max(mmap.PAGESIZE, 1 << (size.bit_length() - 1 - STEP.bit_length() + 1))
+        step = max(mmap.PAGESIZE, 1 << (size.bit_length() - STEP.bit_length()))
         rounded = -(-size // step) * step
         with self._lock:
             self._settle()

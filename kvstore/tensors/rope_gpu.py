@@ -78,7 +78,7 @@ def transfer(runs: np.ndarray | Prepared, turn: Turn | None, target: Target) -> 
 
     ``BadInput``: a run leaves its block, the tables or the target, or tables or target are not what ``Turn`` and
     ``Target`` say; nothing was launched then. What ``target.pages`` holds is not looked at: it is on the device.
-    The first call for a kind of turn, target and alignment compiles for seconds, unless ``warm`` did.
+    The first call for a kind of turn, target and alignment compiles for seconds; no number of tokens or heads does.
     """
     ready = runs if isinstance(runs, Prepared) else prepare(runs, target.keys.device)
     if not ready.longest:
@@ -97,16 +97,6 @@ def transfer(runs: np.ndarray | Prepared, turn: Turn | None, target: Target) -> 
     numbers = _numbers(ready.table.data_ptr(), chunks, groups, heads_each, turn, target)
     with torch.cuda.device_of(target.keys):
         move[(pieces * groups,)](*numbers, **constants, **OPTIONS)
-
-
-def warm(turn: Turn | None, target: Target) -> None:
-    """Compiles what ``transfer`` needs for such a turn and target and for blocks that are aligned as the store's are.
-
-    Launches nothing. Takes seconds, much less when Triton finds it in its cache. Raises what Triton raises.
-    """
-    with torch.cuda.device_of(target.keys):
-        numbers = _numbers(0, 1, 1, 1, turn, target)
-        move.warmup(*numbers, **form(0, turn, target), **OPTIONS, grid=(1,))
 
 
 def _heads(target: Target) -> int:
@@ -131,6 +121,9 @@ def form(address_bits: int, turn: Turn | None, target: Target) -> dict[str, Any]
     fits = keys.shape[:-1] == values.shape[:-1] and keys.dtype == values.dtype and keys.itemsize in WORDS
     if not fits or any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in (keys, values)):
         raise BadInput("keys and values of a target must go together, their last dims contiguous")
+    pages = target.pages
+    if pages is not None and not (pages.dtype == torch.int64 and pages.is_contiguous() and pages.device == keys.device):
+        raise BadInput(f"pages of {pages.dtype} on {pages.device}; contiguous int64 on {keys.device} is needed")
     item, dims = keys.itemsize, (keys.shape[-1], values.shape[-1])
     bits = address_bits | dims[0] * item | dims[1] * item
     for tensor in (keys, values):
@@ -162,6 +155,8 @@ def _turning(turn: Turn | None, keys: torch.Tensor, aligned: int) -> dict[str, A
     dtype = keys.dtype if turn.rounded else torch.float32
     if keys.dtype not in NAMES or not (cos.dtype == sin.dtype == dtype and cos.shape == sin.shape):
         raise BadInput(f"keys of {keys.dtype} do not turn by tables of {cos.dtype} and {sin.dtype}")
+    if not cos.device == sin.device == keys.device:
+        raise BadInput(f"tables on {cos.device} and {sin.device} cannot turn keys on {keys.device}")
     if not (cos.is_contiguous() and sin.is_contiguous() and 0 <= turn.first <= keys.shape[-1] - 2 * turn.pairs):
         raise BadInput(f"{turn.pairs} pairs from dim {turn.first} on do not fit keys of {keys.shape[-1]}")
     paired = "half"

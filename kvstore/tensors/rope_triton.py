@@ -155,7 +155,7 @@ def _run(runs: tl.tensor, number: tl.tensor, side: tl.tensor, start: tl.tensor) 
     return source, stride, token, tokens, tl.load(run + _POSITION) + start, tl.load(run + _COLUMN) + start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(16))  # all but the constants: no size of a load is worth seconds of compiling
 def move(
     runs: tl.int64,
     cos: tl.int64,

@@ -6,10 +6,11 @@ races can be shown, where there is no GPU. torch is imported by what needs it, n
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
-from queue import Queue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Protocol
 
 from kvstore.errors import StoreClosed
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvstore")
 
 WAITING_WORKS = 4096  # of one thread, at most; who brings more waits
+EXIT_SECONDS = 5.0  # that work under way may take when the interpreter ends
 
 
 class Event(Protocol):
@@ -71,16 +73,18 @@ class ThreadStream:
     """A stream in plain memory: one thread. ``name`` is the thread's; at most ``room`` works wait.
 
     Work that raises does not stop what comes behind it: the error is logged, and raised by the next ``run`` or by
-    ``close``, once.
+    ``close``, once. Where strangers share the stream it ``tells`` nobody: the log has it.
     """
 
-    def __init__(self, name: str, room: int = WAITING_WORKS) -> None:
+    def __init__(self, name: str, room: int = WAITING_WORKS, tells: bool = True) -> None:
+        self._tells = tells
         self._works: Queue[Callable[[], None] | None] = Queue(room)
         self._door = threading.Lock()  # nothing is queued behind the end
         self._closed = False  # guarded by _door
         self._error: BaseException | None = None  # replaced in one step, so no lock
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        atexit.register(self._end)
 
     def run(self, work: Callable[[], None]) -> None:
         """See ``Stream``. Blocks while too many works wait."""
@@ -99,13 +103,27 @@ class ThreadStream:
             self._queue(event.wait)
 
     def close(self) -> None:
-        """See ``Stream``; joins the thread."""
+        """See ``Stream``; joins the thread, unless it is its own work that closes it."""
         with self._door:
-            if not self._closed:
-                self._closed = True
-                self._works.put(None)
-        self._thread.join()
+            first, self._closed = not self._closed, True
+        if first:
+            self._works.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self._end)
         self._raise()
+
+    def _end(self) -> None:
+        """The interpreter ends: what has not begun is dropped. Work in torch that went on would abort the process."""
+        if not self._thread.is_alive():  # so it is in the child of a fork, too
+            return
+        self._closed = True
+        try:
+            while True:
+                self._works.get_nowait()
+        except Empty:
+            self._works.put(None)
+        self._thread.join(EXIT_SECONDS)
 
     def _queue(self, work: Callable[[], None]) -> None:
         with self._door:
@@ -124,7 +142,7 @@ class ThreadStream:
                 work()
             except Exception as error:  # top loop: what stands behind broken work waits for its events
                 log.exception("work in the stream %s failed", self._thread.name)
-                self._error = self._error or error
+                self._error = self._error or (error if self._tells else None)
 
 
 class _Reached:

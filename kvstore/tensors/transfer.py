@@ -40,7 +40,11 @@ def transfer(runs: np.ndarray, turn: Turn | None, target: Target) -> None:
     """
     if target.keys.device.type == "cuda":
         on_gpu = GPU.get() if target.keys.dtype in DTYPES else None
-        return (on_gpu or plain.transfer)(runs, turn, target)
+        (on_gpu or plain.transfer)(runs, turn, target)
+        if turn is not None:  # whoever made the tables, in another stream, may drop them before they are read here
+            for table in (turn.cos, turn.sin):
+                table.record_stream(torch.cuda.current_stream(table.device))
+        return
     where, pages = numbers(turn, target)
     compiled = compiled_for(turn, target.keys.dtype)
     kernel = None if compiled is None else compiled.get()

@@ -30,7 +30,10 @@ _PORTABLE = 1  # cudaHostRegister: pinned for every device
 
 def _take(size: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # or only threads in that mode could write to it
-        return torch.empty(size, dtype=torch.uint8, device=device)
+        pool = torch.empty(size, dtype=torch.uint8, device=device)
+    if pool.is_cuda:  # torch may have had it before: what it was used for is over for its own stream only
+        torch.cuda.synchronize(device)
+    return pool
 
 
 def present(device: torch.device | str) -> bool:
@@ -236,7 +239,11 @@ class CudaPins:
 
     def unpin(self, address: int) -> None:
         """See ``Pins``."""
-        self._call(lambda: _cuda().cudaHostUnregister(address))
+        self._call(partial(self._unregister, address))
+
+    def _unregister(self, address: int) -> Any:
+        torch.cuda.synchronize(self._device)  # a draft that was dropped may have a copy on its way there
+        return _cuda().cudaHostUnregister(address)
 
     def _call(self, call: Callable[[], Any]) -> bool:
         """CUDA keeps the error of a call that failed for the calling thread, and torch would raise it for the next

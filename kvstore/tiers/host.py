@@ -10,6 +10,7 @@ is slower and nothing else.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -82,7 +83,10 @@ class HostTier:
     def gauges(self) -> dict[str, int]:
         """``host_pinned_bytes`` and ``host_pageable_bytes``: how much of ``used`` the device copies by itself."""
         with self._wake:
-            return {"host_pinned_bytes": self._pinned_bytes, "host_pageable_bytes": self.used - self._pinned_bytes}
+            return {
+                "host_pinned_bytes": self._pinned_bytes,
+                "host_pageable_bytes": max(self.used - self._pinned_bytes, 0),
+            }
 
     def reserve(self, slot_bytes: int) -> int | None:
         """Address of a free slot of this class, or None when there is no room. Never evicts."""
@@ -93,6 +97,11 @@ class HostTier:
             if low and self._slab.free_slots(slot_bytes) * LOOK_AHEAD < extent.slots:
                 self._slab.extend(slot_bytes)
         return address
+
+    def expect(self, slot_bytes: int) -> None:
+        """Slots of this class will be wanted: the first of them are touched from now on, if there are none yet."""
+        if not self._slab.free_slots(slot_bytes) and self._slab.room >= slot_bytes:
+            self._slab.extend(slot_bytes)
 
     def free(self, address: int) -> None:
         """Gives a slot back."""
@@ -122,12 +131,18 @@ class HostTier:
 
     def close(self) -> None:
         """Stops the thread and lets go of the memory; views that are still held keep theirs alive."""
+        self._end()
+        atexit.unregister(self._end)
+        self._memory.clear()
+
+    def _end(self) -> None:
+        """Also when the interpreter ends: a thread that went on to pin would abort the process."""
+        if self._toucher is None or not self._toucher.is_alive():  # so it is in the child of a fork
+            return
         with self._wake:
             self._closed = True
             self._wake.notify()
-        if self._toucher is not None:
-            self._toucher.join()
-        self._memory.clear()
+        self._toucher.join()
 
     def _grow(self, extent: Extent) -> bool:
         try:
@@ -137,12 +152,21 @@ class HostTier:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: the memory works all the same
                 mapping.madvise(mmap.MADV_HUGEPAGE)
+        if self._pins is not None:
+            # Shared with a child, a page that this process writes to would be another one, and the device, which knows
+            # the pinned one, would go on with that.
+            mapping.madvise(mmap.MADV_DONTFORK)
         self._memory[extent.number] = (mapping, memoryview(mapping), address_of(mapping))
         with self._wake:
             self._untouched.append(extent)
             if self._toucher is None:
-                self._toucher = threading.Thread(target=self._touch, name="kvstore-toucher", daemon=True)
-                self._toucher.start()
+                toucher = threading.Thread(target=self._touch, name="kvstore-toucher", daemon=True)
+                try:
+                    toucher.start()
+                    self._toucher = toucher
+                    atexit.register(self._end)
+                except RuntimeError as error:  # pages are mapped by their first use; the next extent tries again
+                    log.warning("no thread touches memory ahead of its use: %s", error)
             self._wake.notify()
         return True
 
