@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvstore
-from kvstore.adapters.transformers.ahead import Ahead
+from kvstore.adapters.transformers.ahead import FEW_TOKENS, Ahead, worker_for
 
 
 class Steps:
@@ -188,3 +188,19 @@ def test_a_hit_takes_one_place_in_the_workers_queue() -> None:
     assert len(steps.waiting) == 1
     steps.step()
     assert [ahead.take(layer) for layer in range(70, 75)] == [*range(70, 75)]
+
+
+def test_layers_come_ahead_where_there_is_a_core_for_it_or_enough_to_hide_it_under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with kvstore.open(host="4MiB") as store:
+        for threads, new, on_device, expected in (
+            (2, 1, False, False),
+            (2, FEW_TOKENS, False, True),
+            (1, 1, False, True),
+            (2, 1, True, True),
+        ):
+            monkeypatch.setattr("os.cpu_count", lambda: 2)
+            monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+            assert (worker_for(store, new, on_device) is not None) is expected
+    assert worker_for(store, 100, False) is None  # closed

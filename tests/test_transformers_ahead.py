@@ -9,7 +9,7 @@ from hf_models import prompt
 from hf_runs import attach, go_on, in_memory, leases_left, stored_prompt
 
 import kvstore
-from kvstore.adapters.transformers import Reuse
+from kvstore.adapters.transformers import reuse as reuse_module
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.store import Store
 
@@ -43,7 +43,7 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> list[Loaded]:
         plain(self, *args, **kwargs)
 
     monkeypatch.setattr(Loaded, "__init__", noted)
-    monkeypatch.setattr(Reuse, "_worker", lambda self: AtOnce())
+    monkeypatch.setattr(reuse_module, "worker_for", lambda *_: AtOnce())
     return made
 
 

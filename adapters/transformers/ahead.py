@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from kvstore.errors import StoreClosed
+from kvstore.store import Store
+
+FEW_TOKENS = 16
 
 log = logging.getLogger("kvstore")
 
@@ -23,6 +29,19 @@ class Worker(Protocol):
 
     def run(self, work: Callable[[], None]) -> None:
         """Soon."""
+
+
+def worker_for(store: Store, new: int, on_device: bool) -> Worker | None:
+    """Who brings layers ahead of a pass over ``new`` tokens; None: it does not pay, and they come when asked for.
+
+    A pass over few tokens in which torch uses every core has little to hide a load under, and no core to do it on.
+    """
+    if not on_device and new < FEW_TOKENS and torch.get_num_threads() >= (os.cpu_count() or 1):
+        return None
+    try:
+        return store.worker()
+    except (StoreClosed, RuntimeError):  # closed, or the system gives no more threads
+        return None
 
 
 class Ahead:

@@ -10,7 +10,7 @@ import torch
 
 from kvstore.adapters.transformers import capture, generating, watch
 from kvstore.adapters.transformers.agree import agreed_tokens, without_trailing_padding
-from kvstore.adapters.transformers.ahead import Worker
+from kvstore.adapters.transformers.ahead import worker_for
 from kvstore.adapters.transformers.attach import Attached, attach_test
 from kvstore.adapters.transformers.batch import Prompts, cut_by_columns, lay_out, read_prompts, to_callers_format
 from kvstore.adapters.transformers.buffers import dtype_name
@@ -256,25 +256,20 @@ class Reuse:
         plan = lay_out(prompts, columns, tokens, attached.specs[0].device)
         recorder = self._recorder(prompts, plan, windows, stamp)
         gather = Gather(loads, tokens, columns, attached.specs, attached.rotations, attached.dtype, self._carrier)
+        new = int(plan.ids.shape[1]) - columns
         loaded = Loaded(
             gather,
-            int(plan.ids.shape[1]) - columns,
+            new,
             attached.specs,
             recorder,
             nested_prefill(self._decoder, self._config, plan),
             self._patience,
-            self._worker(),
+            worker_for(self.store, new, self._carrier is not None),
             self._pace,
         )
         cache = ReuseCache(self, loaded, recorder, attached.specs, attached.dtype, plan, stamp, tenant)
         single = prompts.single
         return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
-
-    def _worker(self) -> Worker | None:
-        try:
-            return self.store.worker()
-        except (StoreClosed, RuntimeError):  # closed, or the system gives no more threads: layers come when asked for
-            return None
 
     def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
         attached, store, layout, staging = self._attached, self.store, self.layout, self._staging

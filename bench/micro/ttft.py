@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvstore
-from kvstore import compiled
+from kvstore import Namespace, Store, compiled
 from kvstore.adapters.transformers import Reuse
+from kvstore.bench.micro import host
 from kvstore.bench.micro.limits import PlainFile, copy, memory
 
 PROMPTS = (256, 1024, 4096, 8192)
-COLD = 3  # loads from cold disk behind a median
+COLD = 5  # loads from cold disk behind a median
 STEP = 1 << 20  # bytes of one plain read
 COMPILING = 120.0  # seconds that a kernel may take to be compiled
 DECODE = 48  # tokens of one side of a TPOT pair
@@ -77,15 +79,41 @@ def measure(folder: Path, repeats: int, lengths: tuple[int, ...] = PROMPTS) -> d
                 times["host"].append(_seconds(lambda ids=ids: _reuse(reuse, model, ids)))  # type: ignore[misc]
                 times["floor"].append(_seconds(floor))
             result[str(length)] = {name: statistics.median(values) for name, values in times.items()}
-    for length in lengths:
-        row = result[str(length)]
-        row |= _from_disk(folder, model, length, token_payload * (length - 1), row["floor"])
-        row["host_ratio"] = row["host"] / row["floor"]
-        row["disk_ratio"] = row["disk_cold"] / row["disk_limit"]
+    longest = max(lengths)
+    # Memory for the longest prompt and half of it again, and in use: as in a store that has run for a while.
+    with kvstore.open(folder / "ttft", host=int(1.6 * token_payload * longest) + (16 << 20), disk="4GiB") as store:
+        reuse = Reuse(model, store)
+        others = [_other_chain(store, reuse, longest, seed) for seed in (1, 2)]
+        for length in lengths:
+            row = result[str(length)]
+
+            def load_cold(length: int = length) -> float:
+                for ids in others:
+                    _flush(store, reuse, ids)
+                return _seconds(lambda: _reuse(reuse, model, prompt(length), "disk"))
+
+            row |= _from_disk(folder, load_cold, token_payload * (length - 1), row["floor"])
+            row["host_ratio"] = row["host"] / row["floor"]
+            row["disk_ratio"] = row["disk_cold"] / row["disk_limit"]
     return result
 
 
-def _from_disk(folder: Path, model: Any, length: int, size: int, floor: float) -> dict[str, float]:
+def _other_chain(store: Store, reuse: Reuse, tokens: int, seed: int) -> array[int]:
+    """Saves a chain of so many tokens; its bytes are what the memory held."""
+    ids = host.prompt(seed, tokens)
+    drafts = store.drafts(reuse.layout, tokens // reuse.layout.block_tokens)
+    store.save(Namespace(reuse.fingerprint), reuse.layout, ids, dict(enumerate(drafts))).wait()
+    return ids
+
+
+def _flush(store: Store, reuse: Reuse, ids: array[int]) -> None:
+    """Has the chain brought to memory, so that what was there before goes."""
+    load = store.load(store.match(Namespace(reuse.fingerprint), reuse.layout, ids))
+    assert load.wait(len(reuse.layout.layers) - 1), "another chain could not be loaded"
+    load.release()
+
+
+def _from_disk(folder: Path, load_cold: Callable[[], float], size: int, floor: float) -> dict[str, float]:
     """``disk_cold`` and ``disk_limit``, measured in turns."""
     buffers = [memory(STEP) for _ in range(-(-size // STEP))]
     plain = PlainFile(folder / "plain", STEP * len(buffers), COLD)
@@ -95,7 +123,7 @@ def _from_disk(folder: Path, model: Any, length: int, size: int, floor: float) -
         for _ in range(COLD):
             plain.write(buffers, 4)  # so that there is something to read
         for _ in range(COLD):
-            cold.append(_cold(folder / "ttft", model, prompt(length)))
+            cold.append(load_cold())
             for flight, seconds in reads.items():
                 seconds.append(_seconds(lambda flight=flight: plain.read(buffers, flight)))  # type: ignore[misc]
     finally:
@@ -108,18 +136,11 @@ def _recompute(model: Any, ids: torch.Tensor) -> None:
     model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
 
 
-def _reuse(reuse: Reuse, model: Any, ids: torch.Tensor) -> None:
+def _reuse(reuse: Reuse, model: Any, ids: torch.Tensor, tier: str = "host") -> None:
     hit = reuse.load(ids)
-    assert hit.cached_tokens == ids.shape[1] - 1, f"only {hit.cached_tokens} tokens were cached: {hit.miss}"
+    cached = hit.cached_by_tier[tier]
+    assert cached == ids.shape[1] - 1, f"only {cached} tokens were cached on {tier}: {hit.miss}"
     model(**hit.forward_inputs, logits_to_keep=1)
-
-
-def _cold(folder: Path, model: Any, ids: torch.Tensor) -> float:
-    """A store that was just opened: nothing in its host tier, and its disk reads go past the page cache."""
-    with kvstore.open(folder, host="3GiB", disk="4GiB") as store:
-        reuse = Reuse(model, store)
-        seconds = _seconds(lambda: _reuse(reuse, model, ids))
-    return seconds
 
 
 def _floor(model: Any, length: int, reuse: Reuse) -> Callable[[], None]:
