@@ -154,11 +154,6 @@ def token_bytes(token_ids: object) -> bytes:
     return result
 
 
-def token_list(tokens: bytes) -> list[int]:
-    """The ids in ``tokens`` (little-endian uint32)."""
-    return list(struct.unpack(f"<{len(tokens) // TOKEN_BYTES}I", tokens))
-
-
 def common_tokens(a: bytes, b: bytes) -> int:
     """How many leading tokens ``a`` and ``b`` share."""
     size = min(len(a), len(b))

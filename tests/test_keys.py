@@ -21,7 +21,6 @@ from kvstore.keys import (
     encode,
     root_key,
     token_bytes,
-    token_list,
 )
 
 PRINT = Fingerprint({"checkpoint": "abc", "dtype": "bfloat16", "rope": "default 10000"})
@@ -148,7 +147,6 @@ def test_token_bytes() -> None:
         expected,
     ):
         assert token_bytes(given_ids) == expected
-    assert token_list(expected) == [1, 4294967295]
     assert token_bytes([]) == b""
     for bad in ([-1], [1 << 32], [1.5], ["1"], b"123", 7, None, [[1]]):
         with pytest.raises(BadInput):

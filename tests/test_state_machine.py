@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import kvstore
 from kvstore import LayerShape, Layout, Store
 from kvstore.files import OsFiles
 from kvstore.index import Index
-from kvstore.keys import token_list
 from kvstore.match import Match
 from kvstore.residency import Residency
 
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
     def blocks_of(store: Store) -> dict[Block, str]:
         index, found = store._residency.index, {}
         for number in index.number.values():
-            chain = [token_list(index.tokens_of(n)) for n in index.chain(number)]
+            chain = [array("I", index.tokens_of(n)).tolist() for n in index.chain(number)]
             before = tuple(token for block in chain[:-1] for token in block)
             kind = index.kind_of(number)
             found[kind.tenant, before, tuple(chain[-1])] = kind.owner
