@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore import compiled
+import kvstore
+from kvstore import Store, compiled
 
 # Before anything imports the libraries that read these; processes that tests start inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing
@@ -55,6 +56,17 @@ def seed(request: pytest.FixtureRequest) -> int:
     drawn = zlib.crc32(f"{base}:{request.node.nodeid}".encode())
     print(f"seed {drawn} (repeat with --seed {base})")
     return drawn
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """A store in memory; what a test took from it must have come back when the test is over."""
+    from hf_runs import leases_left  # brings torch
+
+    with kvstore.open(host="64MiB") as store:
+        yield store
+        assert leases_left(store) == 0
+        assert store.stats()["drafts"] == 0
 
 
 @pytest.fixture

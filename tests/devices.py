@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from blocks import NS, WIDE, found, marks, rows
+from blocks import NS, WIDE, found, marks, recount, rows
 from gates import PATIENCE
 
+import kvstore
 from kvstore import Layout, Namespace, Store
 from kvstore.hot import Hot
 from kvstore.load import Load
@@ -185,3 +187,13 @@ def recount_device(store: Store) -> list[str]:
         if set(hot._policy.victims()) != set(hot):
             faults.append("policy")
     return faults
+
+
+def a_store_with_a_device(folder: Path) -> Iterator[Store]:
+    """With a disk and a device of five WIDE blocks; its accounts must be right at the end."""
+    with kvstore.open(folder, host="8MiB", disk="64MiB", device="1MiB", device_name="cpu") as opened:
+        yield opened
+        if not opened._closed:
+            opened.flush()
+            assert recount(opened) == []
+            assert recount_device(opened) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blocks import WIDE, found, ids, recount, save
-from devices import HERE, asked, bring, device, heat, recount_device, wrong_on_device
+from devices import HERE, a_store_with_a_device, asked, bring, device, heat, recount_device, wrong_on_device
 from gates import only_on_disk
 
 import kvstore
@@ -23,13 +23,7 @@ TOKENS = ids(1, 3 * 32 + 7)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """With a disk and a device of five WIDE blocks; its accounts must be right at the end."""
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB", device="1MiB", device_name="cpu") as opened:
-        yield opened
-        if not opened._closed:
-            opened.flush()
-            assert recount(opened) == []
-            assert recount_device(opened) == []
+    yield from a_store_with_a_device(tmp_path / "cache")
 
 
 def test_what_leaves_memory_and_disk_leaves_the_device(store: Store) -> None:

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import SMALL, WIDE, found, ids, recount, save, wrong
-from devices import HERE, MIB, asked, bring, device, heat, recount_device, tensor, wrong_on_device
+from blocks import SMALL, WIDE, found, ids, save, wrong
+from devices import (
+    HERE,
+    MIB,
+    a_store_with_a_device,
+    asked,
+    bring,
+    device,
+    heat,
+    tensor,
+    wrong_on_device,
+)
 from gates import PATIENCE, fetches_are_over, gated, only_on_disk
 
 import kvstore
@@ -25,13 +35,7 @@ TOKENS = ids(1, 3 * 32 + 7)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """With a disk and a device of five WIDE blocks; its accounts must be right at the end."""
-    with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB", device="1MiB", device_name="cpu") as opened:
-        yield opened
-        if not opened._closed:
-            opened.flush()
-            assert recount(opened) == []
-            assert recount_device(opened) == []
+    yield from a_store_with_a_device(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("layout", [WIDE, SMALL], ids=["wide", "small"])

@@ -1,14 +1,13 @@
 """Layers that are brought ahead are the ones the model uses, and what goes wrong beside it never reaches the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hf_models import prompt
-from hf_runs import attach, go_on, in_memory, leases_left, stored_prompt
+from hf_runs import attach, go_on, in_memory, stored_prompt
 
-import kvstore
 from kvstore.adapters.transformers import reuse as reuse_module
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.store import Store
@@ -22,14 +21,6 @@ class AtOnce:
 
     def run(self, work: Callable[[], None]) -> None:
         work()
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """Batches of prompts of different lengths and hits: each row gets what it would get alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hf_models import build, prompt
-from hf_runs import leases_left
 
-import kvstore
 from kvstore import BadInput, Store, Unsupported
 from kvstore.adapters.transformers import Reuse
 
@@ -16,14 +13,6 @@ BLOCK = 16
 NEW = 12
 LENGTHS = (50, 9, 33, 61)
 STORED = (37, 0, 33, 8)  # leading tokens of each row that are in the store
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 def rows_of(seed: int) -> list[list[int]]:

@@ -1,14 +1,13 @@
 """What goes wrong beside the layers that are brought ahead costs time and never reaches the model."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from gates import PATIENCE
 from hf_models import build, prompt
-from hf_runs import BLOCK, attach, go_on, in_memory, leases_left, stored_prompt
+from hf_runs import BLOCK, attach, go_on, in_memory, stored_prompt
 from transformers import DynamicCache
 
 import kvstore
@@ -20,14 +19,6 @@ from kvstore.tensors.streams import ThreadStream
 
 LAYERS = 3
 STORED, MORE = 70, 5
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 # -- two threads --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from kvstore import Store
 from kvstore.adapters.transformers import Reuse
 
 BLOCK = 16
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 def read(model: Any, reuse: Any, ids: torch.Tensor) -> Any:

@@ -1,6 +1,5 @@
 """What fails below while the model is in its forward pass costs time, never a wrong logit, never an exception."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,6 @@ class LateStore:
     def load(self, match: Any, device: bool = False) -> Any:
         load = self._store.load(match)
         return load if self.layer is None else LateLoad(load, self.layer)
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

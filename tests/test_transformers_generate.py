@@ -1,28 +1,18 @@
 """Every way of generating gives with reuse what it gives without, and saves what it read."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hf_models import build, prompt
-from hf_runs import attach, leases_left, stored_prompt
+from hf_runs import attach, stored_prompt
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-import kvstore
 from kvstore import Store
 
 FAMILIES = ["llama", "gemma3"]
 NEW = 24
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 def plain(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:

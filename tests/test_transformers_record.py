@@ -1,24 +1,13 @@
 """What is recorded is what the model read with this cache, and nothing else is saved."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hf_models import prompt
-from hf_runs import attach, leases_left
+from hf_runs import attach
 
-import kvstore
 from kvstore import BadInput, Store
 
 FAMILIES = ["llama", "gemma3"]
-
-
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with kvstore.open(host="64MiB") as store:
-        yield store
-        assert leases_left(store) == 0
-        assert store.stats()["drafts"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
