@@ -14,11 +14,10 @@ import torch
 
 from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.rotation import Rotation
-from kvstore.load import Place
 from kvstore.tensors.carrier import Carried, Carrier
 from kvstore.tensors.memory import empty
 from kvstore.tensors.plain import at
-from kvstore.tensors.runs import Target
+from kvstore.tensors.runs import Target, runs_of
 from kvstore.tensors.streams import Event, current
 from kvstore.tensors.transfer import transfer
 
@@ -173,16 +172,3 @@ class Gather:
             # The model's own function, where its tables are.
             turning = keys[None, :, part.hole :].to(self._specs[layer].device)
             keys[:, part.hole :] = rotation.rotate(turning, part.token)[0]
-
-
-def runs_of(places: Sequence[Place], tokens: int, start: int, stop: int) -> np.ndarray:
-    """Runs of tokens ``start`` (below 0: padding comes first) to ``stop``, of a row whose first ``tokens`` count."""
-    rows, token = [], 0
-    for place in places:
-        size = min(place.tokens, tokens - token)
-        low, high = max(0, start - token), min(size, stop - token)
-        if low < high:
-            position = token + low
-            rows.append((place.keys, place.values, place.stride, low, high - low, position, position - start))
-        token += size
-    return np.array(rows, dtype=np.int64).reshape(-1, 7)

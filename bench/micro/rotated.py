@@ -19,12 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 import kvstore
 from kvstore import Layout, Store
-from kvstore.adapters.transformers.gather import runs_of
 from kvstore.bench.micro.host import LAYOUTS, NAMESPACE, TOTAL, prompt, save_chain
 from kvstore.bench.micro.limits import compare, copy, in_threads, memory
 from kvstore.match import Match
 from kvstore.tensors.rope import HALF, Turn
-from kvstore.tensors.runs import Target
+from kvstore.tensors.runs import Target, runs_of
 from kvstore.tensors.transfer import compiled_for, transfer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
