@@ -101,8 +101,14 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Environment, settings and counters, flat."""
     environment = dict(result["environment"])
     versions = environment.pop("versions")
-    groups = (result["settings"], environment, versions, result["counters"])
+    plan = {"layer_plan": f"{result['layer_plan']['name']}, {stored(result['layer_plan'])}"}
+    groups = (result["settings"], plan, environment, versions, result["counters"])
     return [(name.replace("_", " "), str(value)) for group in groups for name, value in group.items()]
+
+
+def stored(plan: dict[str, Any]) -> str:
+    """What of a model's layers blocks hold."""
+    return f"{plan['stored_layers']} of {plan['layers']} layers"
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -121,6 +127,9 @@ def table(result: dict[str, Any]) -> Table:
         one, other = seconds(measured["recompute"][key]), seconds(measured["reuse"][key])
         if measured["recompute"][key]:  # one token a turn has no time per token
             shown.add_row(title, one, other, f"{speedup(measured, key):.2f}×")
+    plan = result["layer_plan"]
+    part = plan["token_bytes"] / plan["token_bytes_of_all_layers"]
+    shown.add_row(f"bytes a token, {plan['name']}", "", f"{plan['token_bytes']:,}", f"{part:.1%}, {stored(plan)}")
     computed = result["prompt_tokens"] - result["cached_tokens"]
     shown.add_row("prompt tokens computed", f"{result['prompt_tokens']:,}", f"{computed:,}", "", end_section=True)
     for tier, tokens in result["tokens_by_tier"].items():

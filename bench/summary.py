@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvstore.adapters.transformers import Reuse
 from kvstore.bench.replay import Replay, Row
 
 LIBRARIES = ("kvstore-llm", "torch", "transformers", "lmdb", "xxhash", "msgpack", "numpy")
@@ -31,6 +32,7 @@ def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, A
         "settings": settings,
         "conversations": len({row.conversation for row in rows}),
         "turns": len(rows),
+        "layer_plan": layer_plan(replay.reuse),
         "prompt_tokens": sum(row.prompt_tokens for row in rows),
         "cached_tokens": sum(row.cached_tokens for row in rows),
         "tokens_by_tier": tokens_by_tier(rows),
@@ -49,7 +51,20 @@ def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, A
         "counters": dict(sorted(stats["counters"].items())),
         "environment": environment(),
         "timeline": replay.timed.as_json() if replay.timed else None,
-        "rows": [asdict(row) for row in rows],
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def layer_plan(reuse: Reuse) -> dict[str, Any]:
+    """How many layers blocks hold, and the bytes of one token in them, beside those of a model that stores all."""
+    plan, layout = reuse.plan, reuse.layout
+    whole = dataclasses.replace(layout, layers=plan.spread(layout.layers))
+    return {
+        "name": plan.name,
+        "layers": len(plan.layers),
+        "stored_layers": len(plan.stored),
+        "token_bytes": layout.token_payload,
+        "token_bytes_of_all_layers": whole.token_payload,
     }
 
 

@@ -43,6 +43,8 @@ Nothing is downloaded and nothing is written unless you say so:
 
 * `kvstore replay chats.json --host 16MiB --dir cache` makes memory scarce, so that the disk has to serve;
 
+* `kvstore replay chats.json --model tiny:fusedkv` takes a model that stores half of its layers (or another layer plan);
+
 * `kvstore replay chats.json --model ./my-model` takes your own model and its chat template, in float32.
 """
 
@@ -62,7 +64,7 @@ def _kvstore() -> None:
 @app.command(help=REPLAY_HELP)
 def replay(
     log: Annotated[Path, typer.Argument(help="A chat log or a trace.", show_default=False)],
-    model: Annotated[str, typer.Option(help="tiny (bytes), tiny-words, a folder, or a model id.")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny (bytes), tiny-words, tiny:PLAN, a folder, or a model id.")] = "tiny",
     conversations: Annotated[int, typer.Option(min=0, help="Only the first N conversations; 0 is all.")] = 0,
     host: Annotated[str, typer.Option(help="Size of the host tier.")] = "1GiB",
     disk: Annotated[str, typer.Option(help="Size of the disk tier, which needs --dir.")] = "8GiB",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from kvstore.adapters.fusedkv import FusedKVConfig, FusedKVForCausalLM
+
 transformers.utils.logging.disable_progress_bar()  # its bars start a thread
 VOCABULARY = 211
 SHAPE: dict[str, Any] = {
@@ -41,6 +43,20 @@ GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "tie_word_embeddings": False,
 }
+MLA: dict[str, Any] = {
+    **SHAPE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
 
 
 def _model(kind: str, **config: Any) -> Callable[[], Any]:
@@ -48,6 +64,11 @@ def _model(kind: str, **config: Any) -> Callable[[], Any]:
         return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, _config(kind))(**config))
 
     return build
+
+
+def _fused(plan: str, **config: Any) -> Any:
+    """A model whose cache holds only some layers."""
+    return FusedKVForCausalLM(FusedKVConfig(**{**GROUPED, **config}, kv_plan=plan))
 
 
 def _config(kind: str) -> str:
@@ -65,6 +86,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "phi3": _model("Phi3", **GROUPED, rope_parameters=PARTIAL),
     # Wider, or its attention is so weak that noise in a third of the keys can leave all tokens equal.
     "neox": _model("GPTNeoX", **{**SHAPE, "hidden_size": 128}),
+    "mqa": _model("Llama", **SHAPE, num_key_value_heads=1),
+    # Turned by complex numbers; with fewer dims torch multiplies those in another way in float32.
+    "deepseek_v2": _model("DeepseekV2", **MLA, q_lora_rank=None, qk_rope_head_dim=16),
+    # Turned from pairs side by side to pairs of halves, which no kernel does.
+    "deepseek_v3": _model("DeepseekV3", **MLA, q_lora_rank=32, qk_rope_head_dim=8),
+    # Of six layers 0, 2 and 4 are stored; of five, 0 to 2.
+    "cla": lambda: _fused("cla", num_hidden_layers=6, qk_norm=False),
+    "fusedkv": lambda: _fused("fusedkv", num_hidden_layers=5, rope_interleaved=True, fusion_init="normal"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -139,6 +139,7 @@ BAD: Sequence[tuple[str, str, list[str], str]] = (
     ("size beyond the machine", "", ["--host", "900TiB"], "host"),
     ("not a cache", "", ["--dir", "foreign"], "foreign"),
     ("no such folder", "", ["--model", "./nowhere"], "cannot load the model ./nowhere (there is no such folder)"),
+    ("no such plan", "", ["--model", "tiny:fused"], "there is no layer plan 'fused'; choose from standard, cla"),
     ("no folder for the report", "", ["--report", "nowhere/out.html"], "the folder nowhere is not there"),
 )
 
@@ -212,7 +213,7 @@ def reuse_words(store: kvstore.Store) -> None:
     reuse.save(torch.arange(290).reshape(1, -1), hit.cache).wait()
 
 
-def saved_model(folder: Path, template: bool) -> Path:
+def saved_model(folder: Path, template: bool, model: Any) -> Path:
     """A model and a tokenizer of one's own, as a user has them on disk."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
@@ -225,13 +226,14 @@ def saved_model(folder: Path, template: bool) -> Path:
     if template:
         fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}<assistant>"
     fast.save_pretrained(folder)
-    models.tiny_llama(256, layers=1, width=32, heads=1, kv_heads=1).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("template", [True, False], ids=["template", "plain"])
 def test_a_model_of_ones_own(command: Command, tmp_path: Path, template: bool) -> None:
-    folder = saved_model(tmp_path / "mine", template)
+    model = models.tiny_llama(256, layers=1, width=32, heads=1, kv_heads=1)
+    folder = saved_model(tmp_path / "mine", template, model)
     said = command(
         "replay", DEMO, "--model", folder, "--conversations", 1, "--json", tmp_path / "out.json", "--tokens", 2
     )
@@ -239,3 +241,23 @@ def test_a_model_of_ones_own(command: Command, tmp_path: Path, template: bool) -
     result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
     assert result["model"] == "mine" and result["tokens_equal"]
     assert result["cached_tokens"] > result["prompt_tokens"] / 2
+
+
+def test_a_model_that_stores_half(command: Command, tmp_path: Path) -> None:
+    """The table says so, and the tiers hold half of what they hold for a model that stores all."""
+    model = models.tiny_fusedkv("fusedkv", 256, layers=4, width=32, heads=2, kv_heads=1)
+    folder = saved_model(tmp_path / "mine", True, model)
+    held: dict[Any, dict[str, int]] = {}
+    for name in (folder, "tiny:standard", "tiny:fusedkv"):
+        words = ("--conversations", 1, "--tokens", 2, "--dir", tmp_path / f"cache-{len(held)}")
+        said = command("replay", DEMO, "--model", name, *words, "--json", tmp_path / "out.json")
+        assert said.code == 0, said.err
+        result = json.loads((tmp_path / "out.json").read_text())
+        assert result["tokens_equal"]
+        plan = result["layer_plan"]
+        assert (plan["stored_layers"], plan["layers"]) == ((4, 4) if name == "tiny:standard" else (2, 4))
+        assert plan["token_bytes"] * 4 == plan["token_bytes_of_all_layers"] * plan["stored_layers"]
+        assert f"{plan['token_bytes']:,}" in said.out and f"{plan['stored_layers']} of 4 layers" in said.out
+        held[name] = result["bytes_held_by_tier"]
+    for tier in ("host", "disk"):
+        assert held["tiny:fusedkv"][tier] == pytest.approx(held["tiny:standard"][tier] / 2, rel=0.02)

@@ -43,7 +43,7 @@ def test_every_part_runs_and_is_correct(result: dict[str, Any]) -> None:
         if isinstance(figure["value"], bool)
     }
     assert set(answers.values()) == {True}
-    assert {"bit_equal", "host_load_bit_equal", "fails_without_waits"} <= answers.keys()
+    assert {"bit_equal", "host_load_bit_equal", "fails_without_waits", "fused_decode_near_reference"} <= answers.keys()
 
 
 def test_the_file_says_where_it_was_measured(result: dict[str, Any]) -> None:

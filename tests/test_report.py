@@ -16,6 +16,13 @@ from kvstore.bench import plots, report, summary
 from kvstore.bench.replay import Row
 from kvstore.bench.timeline import MOST_ROWS, Bar, Timed, lanes, overlap, packed
 
+PLAN = {
+    "name": "fusedkv",
+    "layers": 8,
+    "stored_layers": 4,
+    "token_bytes": 4096,
+    "token_bytes_of_all_layers": 8192,
+}
 FETCHED = re.compile(r"""https?:|//[a-z]|\bsrc\s*=|<link|<script|@import|url\((?!#)|href="(?!#)""", re.IGNORECASE)
 
 
@@ -47,6 +54,7 @@ def result(measured: list[Row], **changed: Any) -> dict[str, Any]:
         "settings": {"host": "1GiB", "interleave": False},
         "conversations": len({row.conversation for row in measured}),
         "turns": len(measured),
+        "layer_plan": PLAN,
         "prompt_tokens": sum(row.prompt_tokens for row in measured),
         "cached_tokens": sum(row.cached_tokens for row in measured),
         "tokens_by_tier": summary.tokens_by_tier(measured),
@@ -157,6 +165,7 @@ def test_the_table_shows_the_tiers_that_there_are() -> None:
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     for part in ("6 turns of 3 conversations through tiny", "from host", "from disk", "1.0 GiB", "equal", "0 ties"):
         assert part in text
+    assert re.search(r"bytes a token, fusedkv.* 4,096 .*50\.0%, 4 of 8 layers", text)
 
 
 @pytest.mark.parametrize(

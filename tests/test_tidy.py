@@ -21,7 +21,7 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 FLOORS = (
     "errors",
     "keys layout lease files policy metrics counters compiled xxh3 checksum",
-    "block",
+    "block plan",
     "composition tensors",
     "tiers policies families",
     "index mover eviction match",
@@ -39,8 +39,8 @@ FLOORS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
-GROUND = {"errors", "keys", "layout", "lease", "files", "policy", "policies", "metrics", "counters"}
-FRAMEWORKS = {"numpy", "peft", "safetensors", "torch", "transformers"}
+GROUND = {"errors", "keys", "layout", "plan", "lease", "files", "policy", "policies", "metrics", "counters"}
+FRAMEWORKS = {"huggingface_hub", "numpy", "peft", "safetensors", "torch", "transformers"}
 THIRD_PARTY = {
     "block": {"msgpack", "xxhash"},
     "checksum": {"xxhash"},
@@ -57,7 +57,7 @@ ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency"
 ONLY_PORTS |= {"writer", "load", "loader", "save", "store"}
 PORTS = {"tiers.base", "tiers.host"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
-PUBLIC |= {"policies"}  # they are pure: figures in, decisions out
+PUBLIC |= {"plan", "policies"}  # both are pure
 
 BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}

@@ -41,7 +41,7 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> list[Loaded]:
 # -- what was prepared is used ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])  # the second has sliding windows
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "cla"])  # the second has sliding windows
 def test_a_forward_pass_takes_what_was_brought(store: Store, hits: list[Loaded], family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     ids, more = stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)

@@ -45,7 +45,7 @@ def alone(model: Any, row: list[int]) -> list[int]:
     return new
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "neox", "deepseek_v2", "deepseek_v3", "fusedkv"])
 def test_each_row_keeps_its_whole_hit(store: Store, family: str, seed: int) -> None:
     model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
@@ -139,8 +139,9 @@ def test_rows_end_at_their_end_of_sequence(store: Store, seed: int) -> None:
     assert saved[0] == (first_end if first_end < 20 + NEW else first_end - 1)
 
 
-def test_chunks_of_a_batch_with_different_hits(store: Store, seed: int) -> None:
-    model = build("llama")
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "fusedkv"])
+def test_chunks_of_a_batch_with_different_hits(store: Store, family: str, seed: int) -> None:
+    model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = rows_of(seed)
     store_rows(model, reuse, rows)

@@ -16,6 +16,7 @@ from kvstore.tensors import carrier
 from kvstore.tensors.carrier import Carrier, groups
 
 CASES = [(family, dtype) for family in ("llama", "gemma3", "phi3", "neox") for dtype in ("float32", "bfloat16")]
+CASES += [("deepseek_v2", "bfloat16"), ("fusedkv", "float32")]
 
 
 @pytest.fixture(params=["64MiB", None], ids=["with a tier", "without"])

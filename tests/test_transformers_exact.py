@@ -86,9 +86,15 @@ def plant(fault: str, row: Any, other: Any) -> None:
 
 
 def projections(model: Any) -> Iterator[tuple[Any, Any]]:
-    """Of each layer, the modules whose outputs are keys and values before rotation."""
-    for layer in model.get_decoder().layers:
-        attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+    """Of each layer that is stored, the modules whose outputs are keys and values before rotation."""
+    plan = getattr(model.config, "layer_plan", None)
+    for number, layer in enumerate(model.get_decoder().layers):
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+        if plan is not None and number not in plan.stored:
+            continue
+        if hasattr(attention, "kv_a_proj_with_mqa"):
+            yield attention.kv_a_proj_with_mqa, attention.kv_a_layernorm
+            continue
         fused = getattr(attention, "qkv_proj", None) or getattr(attention, "query_key_value", None)
         if fused is not None:
             yield fused, fused
@@ -98,7 +104,9 @@ def projections(model: Any) -> Iterator[tuple[Any, Any]]:
 
 def states_of(family: str, spec: Any, output: torch.Tensor, values: bool) -> torch.Tensor:
     """Keys or values [heads, tokens, dim] out of a projection's output for one row."""
-    tokens, dim = FIRST, spec.key_dim
+    tokens, dim = FIRST, spec.value_dim if values else spec.key_dim
+    if spec.swapped:  # the projection gives the latent before its norm, and the keys behind it
+        return output[..., output.shape[-1] - dim :]
     if family == "neox":
         return output.view(tokens, spec.heads, 3, dim)[:, :, 2 if values else 1].transpose(0, 1)
     if family == "phi3":

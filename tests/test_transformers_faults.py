@@ -46,7 +46,7 @@ class LateStore:
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("family", ["llama", "gemma3", "neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "neox", "deepseek_v3", "cla", "fusedkv"])
 def test_a_layer_that_is_late_is_computed_again(store: Store, family: str, layer: int, seed: int) -> None:
     model, late = build(family), LateStore(store)
     reuse = Reuse(model, late, block_tokens=BLOCK)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Every way of generating gives with reuse what it gives without, and saves what it read."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvstore import Store
 
 FAMILIES = ["llama", "gemma3"]
+PAIRS = [(family, mode) for family in ("deepseek_v2", "fusedkv") for mode in ("chunked", "beam", "lookup")]
 NEW = 24
 
 
@@ -46,8 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "mode"), [*product(FAMILIES, MODES), *PAIRS])
 def test_modes_give_the_same_tokens(store: Store, family: str, mode: str, seed: int) -> None:
     model, reuse = attach(family, store)
     first = stored_prompt(model, reuse, 45, seed)
@@ -80,7 +81,7 @@ def test_sampling_draws_the_same_tokens(store: Store, sequences: int, seed: int)
     assert reuse.save(out, hit.cache).tokens == (39 if sequences > 1 else 39 + NEW - 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3", "cla"])
 def test_an_assistant_and_its_rejected_tokens(store: Store, family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     assistant = build(family, seed=0)
@@ -136,8 +137,9 @@ def test_a_prompt_that_is_cached_whole_leaves_one_token(store: Store, family: st
     assert torch.equal(out, plain(model, ids))
 
 
-def test_the_whole_prompt_given_again_is_read_once(store: Store, seed: int) -> None:
-    model, reuse = attach("llama", store)
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2", "fusedkv"])
+def test_the_whole_prompt_given_again_is_read_once(store: Store, family: str, seed: int) -> None:
+    model, reuse = attach(family, store)
     ids = torch.cat((stored_prompt(model, reuse, 40, seed), prompt(7, seed + 1)), 1)
     with torch.no_grad():
         hit, again = reuse.load(ids), reuse.load(ids)
@@ -147,7 +149,11 @@ def test_the_whole_prompt_given_again_is_read_once(store: Store, seed: int) -> N
     assert reuse.save(ids, again.cache).tokens == 47
 
 
-@pytest.mark.parametrize(("family", "read"), [("llama", True), ("llama", False), ("gemma3", False)])
+CROPPED = [("llama", True), ("llama", False), ("gemma3", False)]
+CROPPED += [(family, read) for family in ("deepseek_v2", "fusedkv") for read in (True, False)]
+
+
+@pytest.mark.parametrize(("family", "read"), CROPPED)
 def test_crop_before_and_after_the_layers_are_read(store: Store, family: str, read: bool, seed: int) -> None:
     model, reuse = attach(family, store)
     ids = stored_prompt(model, reuse, 40, seed)

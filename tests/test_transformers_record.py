@@ -7,7 +7,7 @@ from hf_runs import attach
 
 from kvstore import BadInput, Store
 
-FAMILIES = ["llama", "gemma3"]
+FAMILIES = ["llama", "gemma3", "deepseek_v2", "deepseek_v3", "fusedkv"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,8 @@ import torch
 
 from kvstore.layout import Layout
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -30,13 +32,22 @@ def view(memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torc
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """Shape and place of one layer's cache."""
+    """Shape and place of one stored layer's cache, as blocks have it.
+
+    Between the store and a cache, layers are slots: those that are stored, in order, keys first. The model's own
+    numbers (``LayerPlan.stored``) and what it calls keys (``exchanged``) end where its caches end.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
     device: torch.device
     window: int | None = None
+    swapped: bool = False  # caches have as values what turns with position, which blocks have as keys (MLA)
+
+    def exchanged(self, first: torch.Tensor, second: torch.Tensor) -> Pair:
+        """What a cache was given as (keys, values), as a block has it; what a block has, as a cache is given it."""
+        return (second, first) if self.swapped else (first, second)
 
 
 class Payload:

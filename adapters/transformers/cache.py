@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DummyLayer
 
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.batch import Plan
@@ -15,6 +16,7 @@ from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.layers import LazyLayer, LazySlidingLayer
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.plan import LayerPlan
 
 
 class ReuseCache(DynamicCache):
@@ -25,15 +27,21 @@ class ReuseCache(DynamicCache):
         owner: object,  # the Reuse that made it; only its forward passes are recorded
         loaded: Loaded,
         recorder: Recorder,
-        specs: Sequence[LayerSpec],
+        layer_plan: LayerPlan,
+        specs: Sequence[LayerSpec],  # of the layers that the plan stores
         dtype: torch.dtype,
         plan: Plan | None = None,
         stamp: object = None,
         tenant: str = "",
     ) -> None:
+        self._stored = [
+            LazyLayer(loaded, slot) if spec.window is None else LazySlidingLayer(loaded, slot, spec.window)
+            for slot, spec in enumerate(specs)
+        ]
+        self._slots = {number: slot for slot, number in enumerate(layer_plan.stored)}  # the model counts all its layers
         layers = [
-            LazyLayer(loaded, index) if spec.window is None else LazySlidingLayer(loaded, index, spec.window)
-            for index, spec in enumerate(specs)
+            self._stored[self._slots[number]] if number in self._slots else DummyLayer()
+            for number in range(len(layer_plan.layers))
         ]
         Cache.__init__(self, layers=layers)
         self.owner = weakref.ref(owner)
@@ -88,12 +96,15 @@ class ReuseCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Record the new states, wait for what is stored of this layer, and give both to attention."""
+        slot = self._slots[layer_idx]
         if self._timed:
-            self.loaded.reached(layer_idx)
-        self.recorder.layer(layer_idx, key_states, value_states)
+            self.loaded.reached(slot)
+        self.recorder.layer(slot, *self._specs[slot].exchanged(key_states, value_states))
+        if slot == len(self._specs) - 1:
+            capture.stop()  # what layers above rotate is not stored, and would be kept for nothing
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._timed:
-            self.loaded.passed(layer_idx, key_states.shape[-2])
+            self.loaded.passed(slot, key_states.shape[-2])
         return result
 
     # -- what changes the batch or its length -------------------------------------------------------------------------
@@ -115,9 +126,9 @@ class ReuseCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number, as transformers has it)."""
-        unread = any(layer.waiting for layer in self.layers)
+        unread = any(layer.waiting for layer in self._stored)
         super().crop(tokens_to_remove)
-        if unread and not any(layer.waiting for layer in self.layers):
+        if unread and not any(layer.waiting for layer in self._stored):
             self.loaded.release()  # nobody will ask for it
         self.recorder.crop(abs(tokens_to_remove), unread)
 
@@ -131,7 +142,7 @@ class ReuseCache(DynamicCache):
 
     def fetch(self) -> None:
         """Bring every layer that still waits."""
-        for layer, spec in zip(self.layers, self._specs, strict=True):
+        for layer, spec in zip(self._stored, self._specs, strict=True):
             layer.fetch(torch.empty(0, dtype=self._dtype, device=spec.device))
 
     def __iter__(self) -> Iterator[Any]:
@@ -142,7 +153,11 @@ class ReuseCache(DynamicCache):
         """A plain copy that loads and records nothing."""
         self.fetch()
         copy = DynamicCache(list(self))
-        for layer, mine in zip(copy.layers, self.layers, strict=True):
+        for number, mine in enumerate(self.layers):
+            if isinstance(mine, DummyLayer):
+                copy.layers[number] = DummyLayer()
+                continue
+            layer = copy.layers[number]
             layer.keys, layer.values = mine.keys.clone(), mine.values.clone()
             if hasattr(mine, "cumulative_length"):
                 layer.cumulative_length, layer.record_past = mine.cumulative_length, mine.record_past

@@ -11,11 +11,13 @@ import functools
 import re
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 ROTARY_NAME = re.compile(r"apply_.*rot", re.IGNORECASE)
 MARK = "__kvstore_original__"
+NEAREST = 4  # calls before a `Cache.update` that may have made its keys
 
 _install_lock = threading.RLock()  # a finalizer may run inside `install`, in the same thread
 _users: dict[tuple[int, str], int] = {}
@@ -34,17 +36,27 @@ class _Thread(threading.local):
     """What listens in this thread; a list, because a nested prefill runs inside a forward pass."""
 
     def __init__(self) -> None:
-        self.listeners: list[list[Call] | None] = []
-        self.current: list[Call] | None = None
+        self.listeners: list[deque[Call] | None] = []
+        self.current: deque[Call] | None = None
 
 
 _thread = _Thread()
 
 
-def listen(calls: list[Call] | None) -> None:
+def heard() -> deque[Call]:
+    """Room for the calls of one layer. Those of layers without a ``Cache.update`` make way for later ones."""
+    return deque(maxlen=NEAREST)
+
+
+def listen(calls: deque[Call] | None) -> None:
     """Send this thread's rotary calls to ``calls`` (None: nobody listens) until ``leave``."""
     _thread.listeners.append(_thread.current)
     _thread.current = calls
+
+
+def stop() -> None:
+    """Hear nothing more until ``leave``."""
+    _thread.current = None
 
 
 def leave() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from kvstore.adapters.transformers import checkpoint
 from kvstore.keys import Fingerprint
+from kvstore.plan import LayerPlan
 
 FORMAT = "1"
 DIGEST_BYTES = 4 << 30  # of weights are digested at every attach; it takes about a tenth of a second per GB
@@ -20,14 +21,15 @@ VOLATILE = re.compile(
     r"^(_.*|transformers_version|dtype|torch_dtype|use_cache|architectures|output_.*|return_dict|id2label|label2id"
     r"|problem_type|chunk_size_feed_forward|is_encoder_decoder|.*_token_id|.*dropout.*|quantization_config"
     r"|rope_parameters|rope_scaling|rope_theta|sliding_window|layer_types|use_sliding_window|max_window_layers"
-    r"|initializer_.*|tie_word_embeddings|pruned_heads|task_specific_params|tokenizer_class|prefix|finetuning_task"
-    r"|pretraining_tp|attn_implementation|gradient_checkpointing|vocab_size)$"
+    r"|initializer_.*|fusion_init|tie_word_embeddings|pruned_heads|task_specific_params|tokenizer_class|prefix|finetuning_task"
+    r"|pretraining_tp|attn_implementation|gradient_checkpointing|vocab_size|layer_plan|kv_plan|kv_sharing_modes)$"
 )
 ADAPTER_WEIGHT = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_|oft_|vera_|boft_|adaption_|modules_to_save|base_layer)")
 
 
-def fingerprint(model: Any, store: Any) -> Fingerprint:
-    """The fingerprint of ``model`` (unwrapped from adapters and compilation or not)."""
+def fingerprint(model: Any, store: Any, plan: LayerPlan) -> Fingerprint:
+    """The fingerprint of ``model`` (unwrapped from adapters and compilation or not), whose blocks hold what ``plan``
+    says."""
     base = base_model(model)
     config = base.config.get_text_config(decoder=True)
     weights, adapters = split_weights(base)
@@ -43,7 +45,7 @@ def fingerprint(model: Any, store: Any) -> Fingerprint:
             "rope": _rope(base, config),
             "sliding_window": _windows(config),
             "adapters": _adapters(model, adapters),
-            "layer_plan": "standard",
+            "layer_plan": plan.text,
         }
     )
 

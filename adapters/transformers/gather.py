@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kvstore.adapters.transformers.buffers import LayerSpec
+from kvstore.adapters.transformers.buffers import LayerSpec, Pair
 from kvstore.adapters.transformers.rotation import Rotation
 from kvstore.tensors.carrier import Carried, Carrier
 from kvstore.tensors.memory import empty
@@ -21,7 +21,6 @@ from kvstore.tensors.runs import Target, runs_of
 from kvstore.tensors.streams import Event, current
 from kvstore.tensors.transfer import transfer
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
 
 

@@ -15,18 +15,18 @@ class _Waiting(DynamicLayer):
     """What both kinds of layer share: ``waiting`` columns that are the cache's already, but not yet tensors."""
 
     source: Loaded | None
-    index: int
+    slot: int
     waiting: int
     places: Sequence[int]
 
-    def _expect(self, source: Loaded, index: int) -> None:
+    def _expect(self, source: Loaded, slot: int) -> None:
         self.source = source if source.columns else None
-        self.index, self.waiting = index, source.columns
+        self.slot, self.waiting = slot, source.columns
         self.places = range(source.rows)
 
     def _taken(self, room: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.source is not None
-        pair = self.source.take(self.index, self.places, self.waiting, room, like)
+        pair = self.source.take(self.slot, self.places, self.waiting, room, like)
         self.source, self.waiting = None, 0
         return pair
 
@@ -60,9 +60,9 @@ class _Waiting(DynamicLayer):
 class LazyLayer(_Waiting):
     """A full attention layer."""
 
-    def __init__(self, source: Loaded, index: int) -> None:
+    def __init__(self, source: Loaded, slot: int) -> None:
         super().__init__()
-        self._expect(source, index)
+        self._expect(source, slot)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -101,9 +101,9 @@ class LazyLayer(_Waiting):
 class LazySlidingLayer(_Waiting, DynamicSlidingWindowLayer):
     """A sliding window layer: holds the last ``window - 1`` columns, as transformers' own would."""
 
-    def __init__(self, source: Loaded, index: int, window: int) -> None:
+    def __init__(self, source: Loaded, slot: int, window: int) -> None:
         super().__init__(sliding_window=window)
-        self._expect(source, index)
+        self._expect(source, slot)
         self.cumulative_length = self.waiting
 
     def update(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from kvstore.adapters.transformers.ahead import Ahead, Worker
-from kvstore.adapters.transformers.buffers import LayerSpec
-from kvstore.adapters.transformers.gather import Brought, Gather, Pair
+from kvstore.adapters.transformers.buffers import LayerSpec, Pair
+from kvstore.adapters.transformers.gather import Brought, Gather
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Timeline
@@ -37,7 +37,7 @@ class Made(NamedTuple):
 
 
 class Loaded:
-    """What the store gives for each row of a batch, and what to do when it does not.
+    """What the store gives for each row of a batch, and what to do when it does not. Layers are slots.
 
     ``room`` is the number of new columns that the first forward pass is expected to bring. When another number comes,
     or other sequences (beams), the layers that were brought for it are no use; those after the first are aimed anew.
@@ -49,7 +49,7 @@ class Loaded:
         room: int,
         specs: Sequence[LayerSpec],
         recorder: Recorder,
-        recompute: Callable[[], list[Pair]],  # all layers of the cached columns, as the model would hold them
+        recompute: Callable[[], list[Pair]],  # all slots of the cached columns, keys turned as the model holds them
         patience: float,
         worker: Worker | None = None,  # brings layers ahead of the model; None: they come when they are asked for
         pace: Pace | None = None,
@@ -79,7 +79,7 @@ class Loaded:
             self._ahead.start()
 
     def take(self, layer: int, places: Sequence[int], columns: int, room: int, like: torch.Tensor) -> Pair:
-        """Keys and values of the first ``columns`` (or what a window leaves of them), with ``room`` for more behind.
+        """What a cache holds of the first ``columns`` (or what a window leaves of them), with ``room`` for more behind.
 
         ``places`` says which row each sequence of the batch continues, ``like`` gives dtype and device.
         """
@@ -97,7 +97,7 @@ class Loaded:
         if not self._untaken:
             self._note_fetches()
             self.release()
-        return _handed_over(made.brought, like)
+        return self._specs[layer].exchanged(*_handed_over(made.brought, like))
 
     def release(self) -> None:
         """End the leases; what was taken is the model's."""

@@ -13,13 +13,21 @@ from transformers import DynamicCache
 
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.capture import Call
-from kvstore.adapters.transformers.rotation import Rotation, Slot, Table, arguments, get_argument, same_memory
+from kvstore.adapters.transformers.rotation import (
+    Rotation,
+    Slot,
+    Table,
+    arguments,
+    get_argument,
+    outputs_of,
+    same_memory,
+)
 from kvstore.errors import Unsupported
 
 
 @dataclass(frozen=True)
 class Angles:
-    """One call of a module that gives cosines and sines."""
+    """One call of a module that gives cosines and sines, or both as complex numbers."""
 
     module: torch.nn.Module
     args: tuple[Any, ...]
@@ -37,7 +45,7 @@ class ProbeCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.calls: list[Call] = []
+        self.calls = capture.heard()
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor, list[Call]]] = {}
 
     def update(
@@ -52,11 +60,12 @@ class ProbeCache(DynamicCache):
 
 @contextmanager
 def watching_angles(model: torch.nn.Module) -> Iterator[list[Angles]]:
-    """Collects the calls of modules that return a tuple of tensors for integer positions."""
+    """Collects the calls of modules that return tensors for integer positions."""
     seen: list[Angles] = []
 
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        if isinstance(outputs, tuple) and outputs and all(isinstance(output, torch.Tensor) for output in outputs):
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        outputs = outputs_of(result)
+        if outputs:
             seen.append(Angles(module, args, kwargs, outputs))
 
     rotary = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,32 +11,34 @@ from transformers import DynamicCache
 
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.batch import Plan
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from kvstore.adapters.transformers.buffers import LayerSpec, Pair
 
 
 class _WholeCache(DynamicCache):
-    """Keeps all that each layer was given, also what a sliding window would drop."""
+    """Keeps all that each stored layer was given, also what a sliding window would drop."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, specs: Sequence[LayerSpec]) -> None:
         super().__init__(config=config)
         self.whole: list[Pair] = []
+        self._specs = specs
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Pair:
         """Keep, then store as usual."""
-        self.whole.append((key_states, value_states))
+        self.whole.append(self._specs[len(self.whole)].exchanged(key_states, value_states))
         result: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return result
 
 
-def nested_prefill(decoder: Any, config: Any, plan: Plan) -> Callable[[], list[Pair]]:
-    """A function that runs ``decoder`` over the cached columns of ``plan``: keys and values of every layer."""
+def nested_prefill(decoder: Any, config: Any, plan: Plan, specs: Sequence[LayerSpec]) -> Callable[[], list[Pair]]:
+    """A function that runs ``decoder`` over the cached columns of ``plan``: keys and values of every slot, turned."""
 
     def run() -> list[Pair]:
-        cache = _WholeCache(config)
+        cache = _WholeCache(config, specs)
         mask = plan.mask[:, : plan.columns]
+        # Above the last stored layer, a decoder that can leave early has nothing to compute that is wanted.
+        leaving = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.forward).parameters else {}
         capture.listen(None)  # the forward pass around this one must not hear these calls
         try:
             with torch.no_grad():
@@ -45,6 +48,7 @@ def nested_prefill(decoder: Any, config: Any, plan: Plan) -> Callable[[], list[P
                     position_ids=plan.positions[:, : plan.columns],
                     past_key_values=cache,
                     use_cache=True,
+                    **leaving,
                 )
         finally:
             capture.leave()

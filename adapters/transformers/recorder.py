@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvstore.adapters.transformers.capture import Call
+from kvstore.adapters.transformers.capture import heard
 from kvstore.adapters.transformers.rotation import Rotation
 from kvstore.adapters.transformers.row import Row
 
@@ -38,7 +38,7 @@ class Recorder:
     ) -> None:
         self.rows = list(rows)
         self.places = list(range(len(self.rows)))
-        self.calls: list[Call] = []
+        self.calls = heard()
         self._columns = columns  # [rows, columns known]: which columns hold a token
         self._total = columns.shape[1]  # columns of the cache; more than are known once recording has ended
         self._rotations = rotations
@@ -117,18 +117,18 @@ class Recorder:
             assert self._steps is not None
             self._steps.append(Step(row, place, first, wanted[:room]))
 
-    def layer(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """``Cache.update`` was given these new keys and values of layer ``index``."""
+    def layer(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """``Cache.update`` was given these new keys (what turns) and values of a slot."""
         if self._steps is None:
             self.end_all("tokens passed through a model that is not attached to this cache")
         elif self._steps:
-            originals = self._rotations[index].originals(self.calls, keys)
+            originals = self._rotations[slot].originals(self.calls, keys)
             if originals is None or originals.dtype != self._dtype or values.dtype != self._dtype:
-                self.stop(f"layer {index} made its keys in another way than at the attach test")
+                self.stop(f"layer {slot} made its keys in another way than at the attach test")
             elif self._together:
                 self._states += (originals.detach(), values.detach())
             else:
-                self._write(index, originals.detach(), values.detach())
+                self._write(slot, originals.detach(), values.detach())
         self._layers += 1
         self._width = keys.shape[-2]
         self.calls.clear()
@@ -139,10 +139,10 @@ class Recorder:
         for row, place, _, _ in self._steps or ():
             row.write_token(states[:, :, place].squeeze(-2))
 
-    def _write(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._steps is not None
         for row, place, first, ids in self._steps:
-            row.write(index, keys[place].narrow(1, first, len(ids)), values[place].narrow(1, first, len(ids)))
+            row.write(slot, keys[place].narrow(1, first, len(ids)), values[place].narrow(1, first, len(ids)))
 
     def finish(self) -> None:
         """The forward pass is over; its tokens count when every layer was seen."""

@@ -13,7 +13,6 @@ from kvstore.adapters.transformers.agree import agreed_tokens, without_trailing_
 from kvstore.adapters.transformers.ahead import worker_for
 from kvstore.adapters.transformers.attach import Attached, attach_test
 from kvstore.adapters.transformers.batch import Prompts, cut_by_columns, lay_out, read_prompts, to_callers_format
-from kvstore.adapters.transformers.buffers import dtype_name
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
 from kvstore.adapters.transformers.gather import Gather
@@ -27,8 +26,9 @@ from kvstore.adapters.transformers.row import Row
 from kvstore.adapters.transformers.staging import staging_on
 from kvstore.errors import BadInput, StoreClosed
 from kvstore.keys import Fingerprint, Namespace
-from kvstore.layout import BLOCK_TOKENS, LayerShape, Layout
+from kvstore.layout import BLOCK_TOKENS
 from kvstore.match import Miss
+from kvstore.plan import LayerPlan
 from kvstore.save import Draft
 from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
@@ -70,18 +70,22 @@ class Reuse:
     def refresh(self) -> None:
         """Test and fingerprint the model again, after its weights, adapters or attention were changed on purpose."""
         self._attached = attach_test(self._decoder, self)
-        shapes = tuple(LayerShape(spec.heads, spec.key_dim, spec.value_dim) for spec in self._attached.specs)
-        self.layout = Layout(shapes, dtype_name(self._attached.dtype), self._block_tokens)
+        self.layout = self._attached.layout(self._block_tokens)
         self.store.expect(self.layout)  # while the fingerprint is taken
         given = self._given_fingerprint
         if given is None:
-            given = fingerprint(self.model, self.store)
+            given = fingerprint(self.model, self.store, self.plan)
         self.fingerprint = given if isinstance(given, Fingerprint) else Fingerprint({"given": given})
         self._staging = staging_on(self.layout, self._attached.dtype, self._attached.specs[0].device)
         self._stamp = watch.sweep(self._base)
         device = self._attached.device
         if self._carrier is None and device.type == "cuda" and self._attached.turnable:
             self._carrier = Carrier(device)
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Which layers blocks hold."""
+        return self._attached.plan
 
     @property
     def supports(self) -> frozenset[str]:
@@ -262,12 +266,13 @@ class Reuse:
             new,
             attached.specs,
             recorder,
-            nested_prefill(self._decoder, self._config, plan),
+            nested_prefill(self._decoder, self._config, plan, attached.specs),
             self._patience,
             worker_for(self.store, new, self._carrier is not None),
             self._pace,
         )
-        cache = ReuseCache(self, loaded, recorder, attached.specs, attached.dtype, plan, stamp, tenant)
+        specs, dtype = attached.specs, attached.dtype
+        cache = ReuseCache(self, loaded, recorder, self.plan, specs, dtype, plan, stamp, tenant)
         single = prompts.single
         return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
 

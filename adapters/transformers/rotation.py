@@ -8,7 +8,7 @@ very tensor that the rotary function was given, the second calls that function a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Reversible, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +41,14 @@ def replaced(
     return new_args, {name: changes.get(name, value) for name, value in kwargs.items()}
 
 
+def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
+    """What a rotary module returned, one tensor or several; empty when it is something else."""
+    outputs = (result,) if isinstance(result, torch.Tensor) else result
+    if not isinstance(outputs, tuple | list) or not all(isinstance(output, torch.Tensor) for output in outputs):
+        return ()
+    return tuple(outputs)
+
+
 class Known(NamedTuple):
     """A table as far as it is made. Replaced as one, so that nobody sees a new length and old angles."""
 
@@ -49,10 +57,21 @@ class Known(NamedTuple):
     turns: dict[Any, Turn]  # made of the outputs, for kernels
     shorter: Known | None  # stays: a device may be reading it. All of those together are no longer than this one
 
+    @property
+    def real(self) -> list[tuple[int, torch.Tensor]]:
+        """Each output with its number; one of complex numbers as two, cosines and sines."""
+        parts = (
+            (which, (made.real, made.imag) if made.is_complex() else (made,)) for which, made in enumerate(self.outputs)
+        )
+        return [(which, part) for which, both in parts for part in both]
+
 
 @dataclass(eq=False)
 class Table:
-    """Cosines and sines for positions from 0 on, as the model's rotary module gives them. Any thread."""
+    """Cosines and sines (or complex numbers) for positions from 0 on, as the model's rotary module gives them.
+
+    Any thread.
+    """
 
     module: Callable[..., Any]
     args: tuple[Any, ...]
@@ -82,12 +101,12 @@ class Table:
         args, kwargs = replaced(self.args, self.kwargs, changes)
         # Tables outlive this call, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(self.module(*args, **kwargs))
+            return outputs_of(self.module(*args, **kwargs))
 
 
 @dataclass(frozen=True)
 class Form:
-    """A rotation that kernels can do: which outputs of the table are cosines and sines, and the arithmetic."""
+    """A rotation that kernels can do: which of a table's ``real`` are cosines and sines, and the arithmetic."""
 
     table: Table
     cos: int
@@ -103,11 +122,11 @@ class Form:
         Shared by all layers of the same form.
         """
         known = self.table.known(length)
-        device = device or known.outputs[self.cos].device
+        device = device or known.outputs[0].device
         key = (device, self.cos, self.sin, self.columns, self.pairing, self.rounded, self.first)
         turn = known.turns.get(key)
         if turn is None:
-            cos, sin = (self._pairs(known.outputs[which]).to(device) for which in (self.cos, self.sin))
+            cos, sin = (self._pairs(known.real[which][1]).to(device) for which in (self.cos, self.sin))
             turn = known.turns[key] = Turn(cos, sin, self.pairing, self.rounded, self.first)
         return turn
 
@@ -138,7 +157,7 @@ class Rotation:
     empty_queries: bool = True  # the function takes queries of no heads
     form: Form | None = None  # the same for kernels, where one was found
 
-    def originals(self, calls: list[Call], keys: torch.Tensor) -> torch.Tensor | None:
+    def originals(self, calls: Reversible[Call], keys: torch.Tensor) -> torch.Tensor | None:
         """What ``keys``, which ``Cache.update`` was given, were before rotation; None when no call made them."""
         if self.function is None:
             return keys

@@ -24,6 +24,7 @@ PARTS = {
     "bandwidth": "blocks to an engine's cache",
     "first_token": "time to the first token",
     "decode": "decoding beside saves",
+    "plans": "models that store half of their layers",
 }
 PACKAGES = ("torch", "triton", "numpy", "transformers", "numba", "msgpack", "xxhash", "lmdb")
 RESULTS = Path(__file__).resolve().parent.parent / "results"

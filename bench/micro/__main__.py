@@ -22,7 +22,7 @@ from kvstore.bench.micro.limits import Timing
 SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
 ROTATED = "rotated_load"
 MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
-PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "tpot")
+PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "tpot", "plans")
 
 
 def main(
@@ -78,13 +78,15 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
     else:
         import torch
 
-        from kvstore.bench.micro import attach, ttft
+        from kvstore.bench.micro import attach, plans, ttft
 
         torch.set_num_threads(os.cpu_count() or 1)
         if part == "attach":
             results |= attach.measure(scratch, min(repeats, 5))
         elif part == "ttft":
             results["ttft"] = ttft.measure(scratch, repeats)
+        elif part == "plans":
+            results["plans"] = plans.measure(repeats)
         else:
             results["tpot"] = ttft.measure_tpot(scratch, pairs=max(repeats, 5))
 
@@ -146,6 +148,10 @@ def show(results: dict[str, Any]) -> None:
     for shown in (moves(results), rotations(results), others(results), single(results), first_tokens(results)):
         if shown.row_count:
             console.print(shown)
+    if "plans" in results:
+        from kvstore.bench.micro import plans
+
+        console.print(plans.table(results["plans"]))
     if "tpot" in results:
         row = results["tpot"]
         console.print(

@@ -1,0 +1,94 @@
+"""Layer plans on a GPU: attention to weighted sums, first tokens and decoding, beside torch and the standard plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvstore.bench.gpu.setting import Figure, Setting
+from kvstore.bench.micro import plans
+from kvstore.bench.micro.plans import STANDARD
+from kvstore.tensors.fused_attention import attend
+from kvstore.tensors.fusion import Fusion, reference, tied
+from kvstore.tensors.rope import HALF
+
+ARMS = (STANDARD, "yoco", "fusedkv-lite", "fusedkv")
+TOLERANCE = 0.02  # of bfloat16, beside float32 throughout
+# Query heads and key-value heads: a step reads a cache for each query head, or computes much with what it reads once.
+SHAPES = {"memory_bound": (16, 16), "compute_bound": (128, 2)}
+PAPER = {"memory_bound": "1.5 in the paper", "compute_bound": "1.0 in the paper"}
+
+
+def measure(setting: Setting) -> Iterator[Figure]:
+    """Whether attention is right, its speed, and the ratios that the paper has (FusedKV, figure 4)."""
+    with torch.inference_mode():
+        yield from attention(setting)
+        for shape, (heads, kv_heads) in SHAPES.items():
+            yield from models(setting, shape, heads, kv_heads)
+            setting.free()
+
+
+def attention(setting: Setting) -> Iterator[Figure]:
+    """One layer, all tokens of a prompt, and one token behind it."""
+    tokens, heads, kv_heads, dim = (64, 4, 2, 16) if setting.small else (8192, 16, 4, 128)
+    source = torch.Generator(setting.device).manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=source, device=setting.device).to(torch.bfloat16)
+
+    keys, values = ([noise(1, kv_heads, tokens, dim) for _ in "ab"] for _ in "kv")
+    fusion = Fusion(tied(noise(2, kv_heads, dim // 2).float(), HALF), noise(2, kv_heads, dim).float())
+    for name, count in (("prefill", tokens), ("decode", 1)):
+        queries = noise(1, heads, count, dim)
+        part = min(count, 64)  # the reference makes all scores
+        wanted = reference(queries[:, :, -part:], keys, values, fusion, dim**-0.5)
+        found = attend(queries, keys, values, fusion, dim**-0.5)[:, -part:]
+        near = torch.allclose(found.float(), wanted.float(), atol=TOLERANCE * float(wanted.std()), rtol=TOLERANCE)
+        yield Figure(f"fused_{name}_near_reference", bool(near))
+        fused = setting.seconds(lambda q=queries: attend(q, keys, values, fusion, dim**-0.5))  # type: ignore[misc]
+        plain = setting.seconds(lambda q=queries, c=count > 1: _plain(q, keys[0], values[0], c))  # type: ignore[misc]
+        note = "28 % less in the paper" if name == "prefill" else "twice the bytes"
+        yield Figure(f"fused_{name}_speed", plain / fused, f"of torch's attention to one pair ({note})")
+
+
+def _plain(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> torch.Tensor:
+    return scaled_dot_product_attention(queries, keys, values, is_causal=causal, enable_gqa=True)
+
+
+def models(setting: Setting, shape: str, heads: int, kv_heads: int) -> Iterator[Figure]:
+    """Whole models, in turns: seconds of a first token and of a token behind the prompt, beside the standard plan's."""
+    built = {arm: build(setting, arm, heads, kv_heads) for arm in ARMS}
+    ids = setting.ids(100 if setting.small else 8192, 3, built[STANDARD])
+    caches: dict[str, Any] = {}
+    first = {arm: plans.prefill(model, ids, caches, arm) for arm, model in built.items()}
+    firsts = plans.taken(first, setting.first_tokens, setting.clocked)
+    steps = {arm: plans.decode(model, caches, arm) for arm, model in built.items()}
+    tokens = plans.taken(steps, setting.repeats, setting.clocked)
+    for arm in ARMS:
+        one, other = plans.compared("ttft", firsts, arm, 1), plans.compared("tpot", tokens, arm, plans.DECODE)
+        yield Figure(f"{shape}_{arm}_first_token", one["ttft"] * 1e3, "ms")
+        yield Figure(f"{shape}_{arm}_token", other["tpot"] * 1e3, "ms")
+        if arm != STANDARD:
+            limit = setting.goal(plans.WORK)
+            yield Figure(f"{shape}_{arm}_first_token_ratio", one["ttft_ratio"], "of standard", limit, at_most=True)
+            goal = setting.goal(plans.LITE) if arm == "fusedkv-lite" else None
+            unit = f"of standard ({PAPER[shape]})" if arm == "fusedkv" else "of standard"
+            yield Figure(f"{shape}_{arm}_token_ratio", other["tpot_ratio"], unit, goal, at_most=True)
+
+
+def build(setting: Setting, arm: str, heads: int, kv_heads: int) -> Any:
+    """A seeded random model on the device, in bfloat16, about as large as the paper's 1.5B."""
+    sizes: dict[str, Any] = {"num_attention_heads": heads}
+    sizes |= {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "vocab_size": 512}
+    if not setting.small:
+        sizes |= {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128}
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with setting.device:
+            return plans.build(arm, kv_heads, **sizes)
+    finally:
+        torch.set_default_dtype(usual)

@@ -1,0 +1,99 @@
+"""The GPU kernel of fused attention: run in Triton's interpreter, and compiled for a GPU that need not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+def test_the_kernel_does_as_plain_torch_does(request: pytest.FixtureRequest) -> None:
+    """In a process of its own: whether Triton compiles or interprets is settled when it is imported."""
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    seed = f"--seed={request.config.getoption('--seed')}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", seed, str(TESTS / "gpu_fused.py")]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# Compiles for compute capability 9.0; needs no GPU. Prints, for each case, how sources are read, what multiplies
+# matrices, the shared memory of a program, and the bytes that do not fit its registers.
+PROBE = """
+import json, re, subprocess, sys
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvstore.tensors import fused_gpu
+from kvstore.tensors.fused_triton import attend, combine
+
+def compiled(kernel, constants, options):
+    signature = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.params}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+def spilled(ptx):
+    file = Path(sys.argv[2]) / "kernel.ptx"
+    file.write_text(ptx)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", str(file), "-o", str(file) + ".cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\\d+) bytes spill", said)))
+
+found = {}
+for name, dtype, dim, sources, tokens, gap in json.loads(sys.argv[1]):
+    dtype = getattr(torch, dtype)
+    queries = torch.empty(2, 16, tokens, dim, dtype=dtype, device="meta")
+    states = [torch.empty(2, 4, 999, dim + gap, dtype=dtype, device="meta")[..., :dim]] * sources
+    form = fused_gpu.form(queries, states, states, None) | {"SPLIT": tokens == 1}
+    kernel = compiled(attend, form, fused_gpu.options(form))
+    ptx = kernel.asm["ptx"]
+    found[name] = {
+        "wide": len(re.findall(r"cp\\.async\\.cg\\.shared\\.global [^;]*, 0x10|ld\\.global\\.v4", ptx)),
+        "narrow": len(re.findall(r"ld\\.global\\.b16|cp\\.async\\.ca", ptx)),
+        "matrices": sorted(set(re.findall(r"wgmma\\.mma_async|mma\\.sync", ptx))),
+        "spilled": spilled(ptx),
+        "shared": kernel.metadata.shared,
+    }
+compiled(combine, {"DIM": 40, "KIND": fused_gpu.KINDS[torch.bfloat16]}, {"num_warps": 1})
+kernels = [p.name for kernel in (attend, combine) for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+print(json.dumps({"specialized": kernels} | found))
+"""
+CASES = [  # name, dtype, dim, sources, query tokens, further dims between rows
+    ("decode", "bfloat16", 128, 2, 1, 0),
+    ("prefill", "bfloat16", 128, 2, 512, 0),
+    ("four sources", "float16", 128, 4, 512, 0),
+    ("float32", "float32", 64, 2, 1, 0),
+    ("odd rows", "bfloat16", 64, 2, 1, 1),
+    ("too much", "bfloat16", 256, 4, 1, 0),
+]
+
+
+@needs_triton
+def test_it_compiles_to_tensor_cores_and_the_widest_accesses_without_spills(tmp_path: Path) -> None:
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PROBE, json.dumps(CASES), str(tmp_path)]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert found["specialized"] == []  # or contexts of other lengths would wait for the compiler
+    for name in ("decode", "prefill", "four sources", "float32"):
+        case = found[name]
+        assert case["wide"] >= 8 and not case["narrow"] and not case["spilled"], (name, case)
+        assert case["shared"] <= 99 << 10, (name, case)  # the least that any GPU with tensor cores for bfloat16 has
+    assert found["decode"]["matrices"] == ["mma.sync"]
+    assert found["prefill"]["matrices"] == found["four sources"]["matrices"] == ["wgmma.mma_async"]
+    # What this test looks for would be found.
+    assert found["float32"]["matrices"] == [] and found["odd rows"]["narrow"] > 0 and found["too much"]["spilled"] > 0
