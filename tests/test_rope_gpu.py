@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,25 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreted import TESTS, needs_triton, passes
 
 from kvstore.tensors import plain
 from kvstore.tensors.rope import INTERLEAVED, Turn, turned
 from kvstore.tensors.runs import Target
 
-TESTS = Path(__file__).resolve().parent
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 
 @needs_triton
 def test_the_kernel_does_as_plain_torch_does(request: pytest.FixtureRequest) -> None:
-    """In a process of its own: whether Triton compiles or interprets is settled when it is imported."""
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    seed = f"--seed={request.config.getoption('--seed')}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", seed, str(TESTS / "gpu_kernel.py")]
-    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passes("gpu_kernel.py", request)
 
 
 # Compiles for compute capability 9.0; needs no GPU. Prints, for each case, which accesses of the device's memory and
