@@ -144,7 +144,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
     """All arms of all shapes."""
     shown = Table(title=f"Layer plans behind a prompt of {PROMPT:,}, beside the standard plan")
     shown.add_column("plan", no_wrap=True)
-    for column in ("prefill GFLOP", "ratio", "first token s", "ratio", "± spread", "token ms", "ratio", "± spread"):
+    for column in ("GFLOP", "ratio", "first s", "ratio", "±", "next ms", "ratio", "±"):
         shown.add_column(column, justify="right")
     shown.caption = f"wanted: work of halves at most {WORK}, fusedkv-lite's time per token at most {LITE}"
     for shape, arms in results.items():
