@@ -19,7 +19,7 @@ from kvstore.compiled import Compiled
 from kvstore.errors import BadInput
 from kvstore.tensors import fused_attention
 from kvstore.tensors.fused_attention import attend
-from kvstore.tensors.fusion import Fusion, is_tied, learns, rebuilt, reference, tied
+from kvstore.tensors.fusion import Fusion, learns, rebuilt, reference, tied
 from kvstore.tensors.rope import HALF, INTERLEAVED, Turn, turned
 
 PAIRINGS = (HALF, INTERLEAVED)
@@ -105,6 +105,13 @@ def test_the_score_of_a_pair_has_a_part_that_only_equal_weights_remove(seed: int
     relative = (q0 * k0 + q1 * k1) * math.cos(near) + (q0 * k1 - q1 * k0) * math.sin(near)
     absolute = (q0 * k0 - q1 * k1) * math.cos(far) - (q0 * k1 + q1 * k0) * math.sin(far)
     assert float(query @ (w * key)) == pytest.approx((w0 + w1) / 2 * relative + (w0 - w1) / 2 * absolute)
+
+
+def is_tied(weights: torch.Tensor, pairing: str) -> bool:
+    """Whether [..., dim] weights could come from ``tied``."""
+    pairs = weights.shape[-1] // 2
+    free = weights[..., :pairs] if pairing == HALF else weights[..., ::2]
+    return torch.equal(tied(free, pairing), weights)
 
 
 def test_tied_weights_are_equal_in_pairs() -> None:

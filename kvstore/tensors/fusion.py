@@ -41,13 +41,6 @@ def tied(weights: Tensor, pairing: str) -> Tensor:
     raise BadInput(f"pairing {pairing!r}; {HALF!r} or {INTERLEAVED!r} is needed")
 
 
-def is_tied(weights: Tensor, pairing: str) -> bool:
-    """Whether ``weights`` [..., dim] could come from ``tied``."""
-    pairs = weights.shape[-1] // 2
-    free = weights[..., :pairs] if pairing == HALF else weights[..., 0 : 2 * pairs : 2]
-    return torch.equal(tied(free, pairing), weights)
-
-
 def learns(*tensors: Tensor) -> bool:
     """Whether a gradient is wanted with respect to any of them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
