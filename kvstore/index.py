@@ -114,10 +114,10 @@ class Index:
         """Whether a block's bytes mean what ``layout`` says."""
         return self._layout[self.kind[number]] == self._layout_ids.get(layout, NONE)
 
-    def find(self, namespace: Namespace, layout: Layout, tokens: bytes, limit: int, now: float) -> Found:
-        """The longest stored prefix of ``tokens``, at most ``limit`` tokens, that is present and not expired."""
+    def find(self, namespace: Namespace, root: bytes, layout: Layout, tokens: bytes, limit: int, now: float) -> Found:
+        """The longest stored prefix of ``tokens`` behind ``root``, of at most ``limit`` tokens that are served."""
         size = layout.block_tokens * TOKEN_BYTES
-        key, parent, position = namespace.root, self._roots.get(namespace.root, NONE), 0
+        key, parent, position = root, self._roots.get(root, NONE), 0
         blocks: list[int] = []
         if parent == NONE:
             return Found(blocks, NONE, 0, 0)

@@ -33,8 +33,12 @@ TAG_TOKENS = b"i"
 TAG_EXTRA = b"x"
 TAG_NAME = b"n"
 TAG_VALUE = b"v"
+TAG_START = b"s"
+TAG_OFFSET = b"o"
+TAG_MARK = b"m"
 
 _LENGTH = struct.Struct("<Q")
+_NUMBER = struct.Struct("<q")
 _PARENT = TAG_PARENT + _LENGTH.pack(KEY_BYTES)
 _TOKENS = TAG_TOKENS
 
@@ -124,6 +128,26 @@ def root_key(namespace: Namespace, context: Sequence[bytes] = ()) -> bytes:
     """Key that a chain starts from; ``context`` is what its tokens see before it (empty: nothing)."""
     data = encode([(TAG_ROOT, b""), *((TAG_CONTEXT, item) for item in context)])
     return blake2b(data, digest_size=KEY_BYTES, key=namespace.digest).digest()
+
+
+def placement_item(namespace: Namespace, root: bytes, tokens: bytes, start: int, offset: int) -> bytes:
+    """Context item for a part of another chain.
+
+    ``root`` and ``tokens`` say which chain, up to the end of the part; ``start``: its first token; ``offset``: the
+    position of that, counted from the first token of the chain whose context it is.
+    """
+    data = [
+        (TAG_ROOT, root),
+        (TAG_TOKENS, tokens),
+        (TAG_START, _NUMBER.pack(start)),
+        (TAG_OFFSET, _NUMBER.pack(offset)),
+    ]
+    return blake2b(encode(data), digest_size=KEY_BYTES, key=namespace.digest).digest()
+
+
+def mark_item(mark: str) -> bytes:
+    """Context item for a word that says what else a chain's bytes depend on."""
+    return encode([(TAG_MARK, name_bytes(mark, "mark"))])
 
 
 def block_key(namespace: Namespace, parent: bytes, tokens: bytes, extras: Sequence[Extra] = ()) -> bytes:

@@ -24,7 +24,8 @@ class Miss:
 class Match:
     """Which leading tokens are cached, on which tier; holds a lease on their blocks.
 
-    ``blocks`` are (number, tokens used). ``miss`` says why it ends at ``tokens``.
+    ``blocks`` are (number, tokens used), those of the first ``skipped`` tokens left out. ``miss`` says why it ends
+    at ``tokens``.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Match:
         tokens_by_tier: dict[str, int],
         miss: Miss,
         token_ids: bytes,
+        skipped: int = 0,
     ) -> None:
         self.layout = layout
         self.blocks = blocks
@@ -43,7 +45,8 @@ class Match:
         self.tokens = tokens
         self.tokens_by_tier = tokens_by_tier
         self.miss = miss
-        self.token_ids = token_ids
+        self.token_ids = token_ids  # of ``blocks``
+        self.skipped = skipped  # leading tokens whose blocks are no part of it
         self.loaded = False  # a load has taken over the lease
 
     def release(self) -> None:

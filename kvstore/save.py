@@ -116,6 +116,7 @@ class Saver:
     def save(
         self,
         namespace: Namespace,
+        root: bytes,
         layout: Layout,
         tokens: bytes,
         drafts: Mapping[int, Draft],
@@ -123,13 +124,12 @@ class Saver:
         ttl: float | None,
         writer: str,
     ) -> Saved:
-        """Publishes the blocks of a chain; takes over all ``drafts``. See ``Store.save``."""
+        """Publishes the blocks of a chain behind ``root``; takes over all ``drafts``. See ``Store.save``."""
         names = (name_bytes(owner, "owner"), namespace.tenant.encode(), name_bytes(writer, "writer"))
         if max(map(len, names)) > MAX_NAME:
             raise BadInput(f"owner, tenant and writer may take {MAX_NAME} bytes each; use a shorter name or a digest")
         shared = Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
-        keys, pieces = _keys(namespace, layout, tokens)
-        residency = self._residency
+        (keys, pieces), residency = _keys(namespace, root, layout, tokens), self._residency
         now = residency.wall()
         expires = now + ttl if ttl is not None else 0.0
         chain: list[int] = []
@@ -141,7 +141,7 @@ class Saver:
             residency.settle()
             index = residency.index
             kind = index.intern(shared)
-            parent = index.root(namespace.root)
+            parent = index.root(root)
             for i, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
                 number = index.number.get(key, NONE)
                 if number != NONE and not index.same_layout(number, layout):
@@ -214,11 +214,11 @@ class Saver:
         return number
 
 
-def _keys(namespace: Namespace, layout: Layout, tokens: bytes) -> tuple[list[bytes], list[bytes]]:
+def _keys(namespace: Namespace, root: bytes, layout: Layout, tokens: bytes) -> tuple[list[bytes], list[bytes]]:
     """Keys and token bytes of a chain's blocks."""
     size = layout.block_tokens * TOKEN_BYTES
     pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-    keys, parent = [], namespace.root
+    keys, parent = [], root
     for piece in pieces:
         parent = block_key(namespace, parent, piece)
         keys.append(parent)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvstore.census import census
 from kvstore.erasure import Eraser, Receipt
 from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
 from kvstore.families import NONE
 from kvstore.hot import Hot
-from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
+from kvstore.keys import TOKEN_BYTES, Namespace, root_key, token_bytes
 from kvstore.known import Known
 from kvstore.layout import Layout
 from kvstore.lease import Lease
@@ -88,22 +89,35 @@ class Store:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def match(self, namespace: Namespace, layout: Layout, token_ids: object) -> Match:
-        """The longest stored prefix of ``token_ids``, to the token; at least one token is left to compute.
+    def match(
+        self,
+        namespace: Namespace,
+        layout: Layout,
+        token_ids: object,
+        *,
+        context: Sequence[bytes] = (),
+        first: int = 0,
+        whole: bool = False,
+    ) -> Match:
+        """The longest stored prefix of ``token_ids``, to the token; at least one is left to compute, but if ``whole``.
 
-        Takes leases on its blocks; moves nothing.
+        ``context``: what the chain was computed behind (``Chain.items``). ``first``: the first token that is wanted;
+        blocks before it are no part of the match. Takes leases on its blocks; moves nothing.
         """
         residency = self._alive()
         tokens = token_bytes(token_ids)
-        limit = max(len(tokens) // TOKEN_BYTES - 1, 0)
+        limit = max(len(tokens) // TOKEN_BYTES - (not whole), 0)
+        root = root_key(namespace, context) if context else namespace.root
         with residency.lock:
             residency.settle()
             now = residency.wall()
             index = residency.index
-            found = index.find(namespace, layout, tokens, limit, now)
+            found = index.find(namespace, root, layout, tokens, limit, now)
             blocks = [(number, layout.block_tokens) for number in found.blocks]
             if found.partial != NONE:
                 blocks.append((found.partial, found.partial_tokens))
+            skipped = min(first // layout.block_tokens, len(blocks))
+            del blocks[:skipped]
             numbers = [number for number, _ in blocks]
             residency.hold(numbers)
             residency.host_policy.touch(numbers)
@@ -115,11 +129,13 @@ class Store:
                 tiers["device" if on_device else "host" if number in residents else "disk"] += used
             if residency.disk is not None:
                 residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
-            miss = self._known.explain(namespace, found.tokens, limit, index.chains(namespace.root))
+            miss = self._known.explain(namespace, found.tokens, limit, index.chains(root))
         residency.counters.add("matched_tokens", found.tokens)
         residency.counters.add("asked_tokens", limit)
         lease = Lease(numbers, residency.lease_ended)
-        return Match(layout, blocks, lease, found.tokens, tiers, miss, tokens[: found.tokens * TOKEN_BYTES])
+        skipped *= layout.block_tokens
+        held = tokens[skipped * TOKEN_BYTES : found.tokens * TOKEN_BYTES]
+        return Match(layout, blocks, lease, found.tokens, tiers, miss, held, skipped)
 
     def load(self, match: Match, device: bool = False) -> Load:
         """Starts bringing what was matched to host memory, layer 0 first; the load takes over the match's lease.
@@ -166,6 +182,7 @@ class Store:
         token_ids: object,
         drafts: Mapping[int, Draft],
         *,
+        context: Sequence[bytes] = (),
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
@@ -174,6 +191,7 @@ class Store:
 
         ``token_ids``: all tokens of the chain whose KV exists. ``drafts``: by block number in the chain; all are taken
         over. A block that is stored already is not stored again; one that is neither stored nor drafted ends the save.
+        ``context``: what the chain was computed behind (``Chain.items``).
         ``owner``: whom the tokens belong to, for ``forget``. ``ttl``: seconds until they are no longer served.
         """
         self._alive()
@@ -182,7 +200,8 @@ class Store:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
         self._saver.check(layout, drafts)
         self._known.add(namespace)
-        return self._saver.save(namespace, layout, tokens, drafts, owner, ttl, writer)
+        root = root_key(namespace, context) if context else namespace.root
+        return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, writer)
 
     # -- deleting ----------------------------------------------------------------------------------------------
 
@@ -200,35 +219,8 @@ class Store:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Per tier ``bytes`` (payload), ``blocks``, ``capacity`` and ``used`` (all bytes taken); gauges; counters;
-        leases. The device's blocks are copies of what other tiers hold."""
-        residency = self._alive()
-        with residency.lock:
-            residency.settle()
-            tiers = {
-                "host": {
-                    "bytes": residency.host_payload,
-                    "blocks": len(residency.residents),
-                    "capacity": residency.host.capacity,
-                    "used": residency.host.used,
-                }
-            }
-            if residency.disk is not None:
-                tiers["disk"] = {
-                    "bytes": residency.disk_payload,
-                    "blocks": len(residency.disk_policy),
-                    "capacity": residency.disk.capacity,
-                    "used": residency.disk.used,
-                }
-            gauges, hot = residency.host.gauges(), residency.hot
-            if hot is not None:
-                tiers["device"] = hot.account(residency.payload)
-                gauges |= hot.tier.gauges()
-            leases, drafts = len(residency.index.leases), residency.drafts
-        counters = residency.counters.snapshot()
-        if hot is not None:
-            counters["device_evicted_blocks"] = hot.evicted_blocks
-        return {"tiers": tiers, "gauges": gauges, "counters": counters, "leases": leases, "drafts": drafts}
+        """Tiers, gauges, counters and leases, in numbers; see ``census``."""
+        return census(self._alive())
 
     def remember(self, name: str, value: str) -> None:
         """Keeps a small string beside the blocks (a checkpoint's digest), on disk where there is one."""

@@ -156,7 +156,7 @@ def bytes_held(plan: str, folder: Path) -> dict[str, int]:
     streams = Carrier(torch.device("cpu"))
     with kvstore.open(folder, host="64MiB", disk="64MiB", device="64MiB", device_name="cpu") as store:
         reuse = Reuse(model, store)
-        reuse._carrier = streams  # loads go by way of the device tier
+        reuse._joined.carrier = streams  # loads go by way of the device tier
         hit = reuse.load(ids)
         with torch.no_grad():
             model(**hit.forward_inputs, logits_to_keep=1)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.composition import Chain, Placement
 from kvstore.errors import BadInput
 from kvstore.keys import (
     Extra,
@@ -19,6 +20,8 @@ from kvstore.keys import (
     block_key,
     common_tokens,
     encode,
+    mark_item,
+    placement_item,
     root_key,
     token_bytes,
 )
@@ -45,10 +48,14 @@ def vectors() -> list[str]:
             second,
             block_key(SPACE, second, b"", [Extra("image", b"\1" * 32), Extra("tenant", b"x")]),
             Fingerprint({}).digest,
+            placement_item(SPACE, SPACE.root, token_bytes(range(9)), 2, -7),
+            mark_item("blend 0.15"),
+            root_key(SPACE, CHAIN.items(SPACE)),
         )
     ]
 
 
+CHAIN = Chain.of([5], [Placement(Chain.of(range(9)), 2, 9, -7), "blend 0.15"])
 GOLDEN = [
     "eea67fc0cdf14735b0d2c4c6f6a03d5ea6deadbf0c225a7126e11ab27c15f174",
     "077c8ee29539d391dbf1a0703e8b16fba6977ace187d2effb72fd6acfd45ecf5",
@@ -60,6 +67,9 @@ GOLDEN = [
     "3d98a008eb9f98581784b711ec7aa051f84e5405c38ce6a73d4d4dcc3f528827",
     "2d11604892c10a2b2f3e23d95862891f2ec7a34285d96dae56381e989005f4bd",
     "273dd0b0bdd817f55041f8c2cee98febc5e755a8c5d9fd70c35f812fcd8d64bb",
+    "ec1780990ce1c4ba5ff74e5bd7e2f2d8bb96598b2ca25b454c6db6cc00b17878",
+    "6d0a00000000000000626c656e6420302e3135",
+    "6d0a8528b12fff623666d6cbd98447bf1fa9a18d93a95b2c0b56911f30c6766f",
 ]
 
 

@@ -26,11 +26,12 @@ FLOORS = (
     "tiers policies families",
     "index mover eviction match",
     "known hot residency",
-    "room fetch erasure restore",
+    "room fetch erasure restore census",
     "writer",
     "load save",
     "loader",
     "store",
+    "assembly",
     "config",
     "kvstore",
     "adapters",
@@ -54,10 +55,10 @@ THIRD_PARTY = {
 }
 # They see no concrete tier or policy, but for host memory, which every byte passes through: the one tier of its kind.
 ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency", "restore", "room", "fetch", "erasure"}
-ONLY_PORTS |= {"writer", "load", "loader", "save", "store"}
+ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census"}
 PORTS = {"tiers.base", "tiers.host"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
-PUBLIC |= {"plan", "policies"}  # both are pure
+PUBLIC |= {"plan", "policies", "composition", "assembly"}  # both are pure
 
 BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}

@@ -8,7 +8,7 @@ import torch
 from hf_models import prompt
 from hf_runs import attach, go_on, in_memory, stored_prompt
 
-from kvstore.adapters.transformers import reuse as reuse_module
+from kvstore.adapters.transformers import joined
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.store import Store
 
@@ -34,7 +34,7 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> list[Loaded]:
         plain(self, *args, **kwargs)
 
     monkeypatch.setattr(Loaded, "__init__", noted)
-    monkeypatch.setattr(reuse_module, "worker_for", lambda *_: AtOnce())
+    monkeypatch.setattr(joined, "worker_for", lambda *_: AtOnce())
     return made
 
 

@@ -120,8 +120,7 @@ def test_generate_refuses_what_it_cannot_serve(store: Store, option: str, seed: 
 def test_what_the_families_support(store: Store) -> None:
     for family in FAMILIES:
         supports = Reuse(build(family), store, block_tokens=BLOCK).supports
-        windows = family in ("mistral", "gemma3")
-        assert supports == ({"exact"} if windows else {"exact", "shifted", "modular"}), family
+        assert supports == {"exact", "shifted", "modular"}, family
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ STORED, MORE = 70, 5
 def test_a_table_that_grows_meanwhile_is_never_short_afterwards(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread makes something of the shorter table while another makes a longer one: the short one must not stay."""
     _, reuse = attach("llama", store)
-    form = reuse._attached.rotations[0].form
+    form = reuse._joined.attached.rotations[0].form
     assert form is not None
     long, short = 1 << 14, 1 << 13
     inside, go = threading.Event(), threading.Event()
@@ -52,7 +52,7 @@ def test_a_table_that_grows_meanwhile_is_never_short_afterwards(store: Store, mo
 @pytest.mark.parametrize("threads", [3])
 def test_tables_that_grow_while_others_read_them(store: Store, threads: int) -> None:
     _, reuse = attach("llama", store)
-    form = reuse._attached.rotations[0].form
+    form = reuse._joined.attached.rotations[0].form
     assert form is not None
     short: list[int] = []
 
@@ -126,7 +126,7 @@ def test_seeds_hold_their_slots_until_the_engine_has_read_them(monkeypatch: pyte
         with kvstore.open(host="64MiB", device="64MiB", device_name="cpu") as store:
             model, reuse = attach("llama", store)
             ids = stored_prompt(model, reuse, STORED, seed)
-            reuse._carrier = streams
+            reuse._joined.carrier = streams
             for held in (False, True):  # the second finds its blocks on the device
                 hit = reuse.load(torch.cat((ids, prompt(MORE, seed + 1)), 1))
                 if held:

@@ -36,7 +36,7 @@ def streams() -> Iterator[Carrier]:
 def by_way_of(streams: Carrier, model: Any, store: Store) -> Reuse:
     """A model whose loads go by way of the device."""
     reuse = Reuse(model, store, block_tokens=BLOCK)
-    reuse._carrier = streams
+    reuse._joined.carrier = streams
     return reuse
 
 

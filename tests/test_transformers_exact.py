@@ -141,7 +141,7 @@ def test_stored_bytes_are_what_the_projection_gave(
     match = store.match(Namespace(reuse.fingerprint), reuse.layout, [*ids[0].tolist(), 0])
     assert match.tokens == FIRST
     load = store.load(match)
-    for number, (pair, spec) in enumerate(zip(projections(model), reuse._attached.specs, strict=True)):
+    for number, (pair, spec) in enumerate(zip(projections(model), reuse._joined.attached.specs, strict=True)):
         assert load.wait(number)
         for which, module in enumerate(pair):
             expected = states_of(family, spec, seen[module], values=bool(which))

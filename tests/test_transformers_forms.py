@@ -65,7 +65,7 @@ def placed(rotation: Rotation, originals: torch.Tensor, position: int) -> torch.
 def test_every_layer_at_every_shift(store: Store, family: str, dtype: str, seed: int) -> None:
     reuse = Reuse(a_model(family, dtype), store, block_tokens=16)
     source = torch.Generator().manual_seed(seed)
-    for rotation, spec in zip(reuse._attached.rotations, reuse._attached.specs, strict=True):
+    for rotation, spec in zip(reuse._joined.attached.rotations, reuse._joined.attached.specs, strict=True):
         keys = (3 * torch.randn((spec.heads, TOKENS, spec.key_dim), generator=source)).to(ALL_DTYPES[dtype])
         assert (rotation.form is None) == (rotation.function is None or family in SLOW)
         for shift in SHIFTS:
@@ -93,7 +93,7 @@ def test_the_first_layer_of_a_prompt_that_was_shifted(store: Store, family: str,
     """Layer 0 sees no attention, so its keys at other positions are what the model itself makes there."""
     model = a_model(family, dtype)
     reuse = Reuse(model, store, block_tokens=16)
-    rotation, ids = reuse._attached.rotations[0], prompt(TOKENS, seed)
+    rotation, ids = reuse._joined.attached.rotations[0], prompt(TOKENS, seed)
     keys: dict[int, torch.Tensor] = {}
     for shift in SHIFTS:
         seen: list[torch.Tensor] = []
@@ -103,7 +103,7 @@ def test_the_first_layer_of_a_prompt_that_was_shifted(store: Store, family: str,
                 input_ids=ids,
                 position_ids=torch.arange(shift, shift + TOKENS)[None],
                 attention_mask=torch.ones_like(ids),
-                past_key_values=Watching(model.config, reuse._attached.specs[0], seen),
+                past_key_values=Watching(model.config, reuse._joined.attached.specs[0], seen),
                 use_cache=True,
             )
         keys[shift] = seen[0]
@@ -119,7 +119,7 @@ def test_the_first_layer_of_a_prompt_that_was_shifted(store: Store, family: str,
 def test_forms_that_are_found(store: Store) -> None:
     found = {}
     for family in ("llama", "phi3", "neox", "glm", "cohere", "olmo2", "deepseek_v2"):
-        form = Reuse(a_model(family, "bfloat16"), store, block_tokens=16)._attached.rotations[0].form
+        form = Reuse(a_model(family, "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0].form
         assert form is not None
         found[family] = (form.pairing, form.rounded, form.upto(1).pairs)
     assert found == {
@@ -135,7 +135,7 @@ def test_forms_that_are_found(store: Store) -> None:
 
 def test_a_rotation_of_another_arithmetic_has_no_form(store: Store) -> None:
     """The model's function is the judge: one last bit of difference, and keys go through the function itself."""
-    rotation = Reuse(a_model("llama", "bfloat16"), store, block_tokens=16)._attached.rotations[0]
+    rotation = Reuse(a_model("llama", "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0]
     function = rotation.function
     assert function is not None
 

@@ -32,8 +32,8 @@ def memory_of(model: Any, ids: torch.Tensor) -> DynamicCache:
 def test_the_part_that_turns_is_stored_as_keys(store: Store, family: str) -> None:
     _, reuse = attach(family, store)
     assert reuse.layout.layers == (LayerShape(heads=1, key_dim=FAMILIES[family], value_dim=32),) * 3
-    assert all(spec.swapped for spec in reuse._attached.specs)
-    assert not any(spec.swapped for spec in attach("llama", store)[1]._attached.specs)
+    assert all(spec.swapped for spec in reuse._joined.attached.specs)
+    assert not any(spec.swapped for spec in attach("llama", store)[1]._joined.attached.specs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_a_rotation_that_depends_on_what_else_is_turned_is_refused(
             turned_k.view(torch.int32)[:, :, -1, 0] ^= 1
         return turned_q, turned_k
 
-    rotation = attach("llama", store)[1]._attached.rotations[0]
+    rotation = attach("llama", store)[1]._joined.attached.rotations[0]
     assert is_steady(rotation, 2, 16, torch.float32)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", careless)
     with pytest.raises(Unsupported, match="other bits when other keys are rotated with it"):
@@ -94,7 +94,7 @@ def test_a_rotation_that_depends_on_what_else_is_turned_is_refused(
 
 def test_a_complex_product_of_another_arithmetic_has_no_form(store: Store) -> None:
     """In bfloat16 a product that is fused looks like one that is not, nearly always; its float32 bits tell."""
-    rotation = Reuse(build("deepseek_v2", "bfloat16"), store, block_tokens=16)._attached.rotations[0]
+    rotation = Reuse(build("deepseek_v2", "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0]
 
     def fused(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> Any:
         pairs = torch.view_as_complex(xk.double().reshape(*xk.shape[:-1], -1, 2))

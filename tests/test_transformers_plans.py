@@ -86,7 +86,7 @@ def test_computing_again_leaves_early(store: Store, plan: str, seed: int) -> Non
         layer.mlp.register_forward_pre_hook(lambda _, args, number=number: tokens.__setitem__(number, args[0].shape[1]))
         for number, layer in enumerate(model.model.layers)
     ]
-    pairs = nested_prefill(reuse._decoder, reuse._config, hit.plan, reuse._attached.specs)()
+    pairs = nested_prefill(reuse._decoder, reuse._config, hit.plan, hit.plan.columns, reuse._joined.attached.specs)()
     for hook in hooks:
         hook.remove()
     last = reuse.plan.stored[-1]

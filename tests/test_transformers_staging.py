@@ -123,7 +123,7 @@ def bits(store: Store, reuse: Any, chains: list[Any]) -> list[torch.Tensor]:
             for which in (0, 1):
                 parts = []
                 for piece in load.pieces(layer):
-                    flat = torch.frombuffer(bytearray(piece[which]), dtype=reuse._attached.dtype)
+                    flat = torch.frombuffer(bytearray(piece[which]), dtype=reuse._joined.attached.dtype)
                     parts.append(flat.view(shape.heads, piece.stride, -1)[:, : piece.tokens])
                 found.append(torch.cat(parts, 1))
         load.release()
@@ -134,12 +134,12 @@ def run(scenario: Callable[..., list[Any]], model: Any, device: str, seed: int, 
     """What is stored after a scenario. ``staged``: makes the staging from the Reuse; None: there is none."""
     with kvstore.open(host="64MiB") as store:
         reuse = Reuse(model, store, block_tokens=BLOCK)
-        reuse._staging = None if staged is None else staged(reuse)
+        reuse._joined.staging = None if staged is None else staged(reuse)
         with torch.no_grad():
             chains = scenario(model, reuse, device, seed)
         found = bits(store, reuse, chains)
-        if reuse._staging is not None:
-            reuse._staging.close()
+        if reuse._joined.staging is not None:
+            reuse._joined.staging.close()
         assert store.stats()["drafts"] == 0
     return found
 
@@ -150,7 +150,7 @@ def test_every_bit_is_that_of_the_direct_way(family: str, name: str, device: str
     model, stagings = build(family).to(device), list[Staging]()
 
     def staged(reuse: Any) -> Staging:
-        stagings.append(staging_of(reuse.layout, reuse._attached.dtype, device))
+        stagings.append(staging_of(reuse.layout, reuse._joined.attached.dtype, device))
         return stagings[0]
 
     got = run(SCENARIOS[name], model, device, seed, staged)
@@ -169,7 +169,7 @@ def test_without_device_memory_it_is_slower_but_right(
     model, stagings = build("llama").to(device), list[Staging]()
 
     def staged(reuse: Any) -> Staging:
-        stagings.append(staging_of(reuse.layout, reuse._attached.dtype, device, allocate=refusing(buffers)))
+        stagings.append(staging_of(reuse.layout, reuse._joined.attached.dtype, device, allocate=refusing(buffers)))
         return stagings[0]
 
     got = run(SCENARIOS[name], model, device, seed, staged)
@@ -186,7 +186,7 @@ def test_generation_goes_on_while_nothing_leaves(seed: int) -> None:
     model = build("llama")
     with kvstore.open(host="64MiB") as store, Hold() as hold:
         reuse = Reuse(model, store, block_tokens=BLOCK)
-        staging = reuse._staging = staging_of(reuse.layout, torch.float32, "cpu", hold.stream)
+        staging = reuse._joined.staging = staging_of(reuse.layout, torch.float32, "cpu", hold.stream)
         ids = prompt(40, seed)
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         hit = reuse.load(ids)
@@ -207,7 +207,7 @@ def test_a_hit_that_is_dropped_keeps_its_drafts_until_nothing_writes_to_them(see
     model = build("llama")
     with kvstore.open(host="64MiB") as store, Hold() as hold:
         reuse = Reuse(model, store, block_tokens=BLOCK)
-        staging = reuse._staging = staging_of(reuse.layout, torch.float32, "cpu", hold.stream)
+        staging = reuse._joined.staging = staging_of(reuse.layout, torch.float32, "cpu", hold.stream)
         with torch.no_grad():
             hit, _ = in_steps(model, reuse, [20, *[1] * 30], "cpu", seed)
             assert store.stats()["drafts"] == 4

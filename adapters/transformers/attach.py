@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from kvstore.adapters.transformers.buffers import DTYPES, LayerSpec, Pair, dtype_name
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.form import find_form, is_steady
-from kvstore.adapters.transformers.gather import Gather
+from kvstore.adapters.transformers.gather import Gather, Span
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.originals import Originals
 from kvstore.adapters.transformers.probe import ProbeCache, find_rotation, watched_forward
@@ -140,7 +140,7 @@ class _Test:
         self._check_causal(states)
         self._check_reload(specs, rotations, states)
         supports = {"exact"}
-        if self._shifts(states) and all(window is None for window in self.windows):
+        if self._shifts(states):
             supports |= {"shifted", "modular"}
         return Attached(self.plan, specs, rotations, dtype, frozenset(supports))
 
@@ -226,7 +226,7 @@ class _Test:
         if device.type == "cuda":
             GPU.wait()  # compiled and tried out here, on this model, and not while somebody waits for a prompt
         source = Originals(states, device)
-        gather = Gather([source], [PREFIX], PREFIX, specs, rotations, dtype, device=device)
+        gather = Gather([source], [[Span(0, 0, PREFIX, 0, 0)]], PREFIX, specs, rotations, dtype, device=device)
         loaded = Loaded(gather, SUFFIX, specs, recorder, _never, patience=0.0)
         mine = ReuseCache(self.owner, loaded, recorder, self.plan, specs, dtype)
         expected, got = self._go_on(memory), self._go_on(mine)

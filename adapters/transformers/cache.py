@@ -13,9 +13,11 @@ from transformers.cache_utils import DummyLayer
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.batch import Plan
 from kvstore.adapters.transformers.buffers import LayerSpec
-from kvstore.adapters.transformers.layers import LazyLayer, LazySlidingLayer
+from kvstore.adapters.transformers.composed import Scattered
+from kvstore.adapters.transformers.layers import layer_for
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.errors import BadInput
 from kvstore.plan import LayerPlan
 
 
@@ -33,11 +35,9 @@ class ReuseCache(DynamicCache):
         plan: Plan | None = None,
         stamp: object = None,
         tenant: str = "",
+        scattered: Scattered | None = None,
     ) -> None:
-        self._stored = [
-            LazyLayer(loaded, slot) if spec.window is None else LazySlidingLayer(loaded, slot, spec.window)
-            for slot, spec in enumerate(specs)
-        ]
+        self._stored = [layer_for(loaded, slot, spec.window, scattered) for slot, spec in enumerate(specs)]
         self._slots = {number: slot for slot, number in enumerate(layer_plan.stored)}  # the model counts all its layers
         layers = [
             self._stored[self._slots[number]] if number in self._slots else DummyLayer()
@@ -48,6 +48,9 @@ class ReuseCache(DynamicCache):
         self.loaded, self.recorder, self.stamp, self.tenant = loaded, recorder, stamp, tenant
         self._specs, self._dtype = specs, dtype
         self._plan = plan  # until the first forward pass
+        self._scattered = scattered  # likewise
+        # How far positions are ahead of columns: a prompt with gaps goes on behind them.
+        self._ahead = 0 if plan is None or len(plan.tokens) > 1 else int(plan.positions[0, -1]) + 1 - plan.ids.shape[1]
         self._timed = True  # likewise
         # A dropped cache must not keep leases or private blocks; neither refers back to it.
         self._drop = weakref.finalize(self, _drop, loaded, recorder)
@@ -55,7 +58,26 @@ class ReuseCache(DynamicCache):
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 
-    def unread(self, ids: Any, positions: Any) -> int:
+    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the decoder without what the cache holds already, and with what they lack."""
+        ids: Any = inputs.get("input_ids")
+        positions: Any = inputs.get("position_ids")
+        scattered, self._scattered = self._scattered, None
+        if scattered is not None:
+            if not (_is_matrix(ids) and _is_matrix(positions) and positions.shape[1] == ids.shape[1]):
+                raise BadInput("a composed prompt is read by token ids and position ids; pass hit.inputs as they are")
+            self._plan, chosen = None, scattered.chosen(ids)
+            mask = scattered.mask(ids, self._dtype)
+            return {**inputs, "input_ids": ids[:, chosen], "position_ids": positions[:, chosen], "attention_mask": mask}
+        known = self._unread(ids, positions)
+        if known:
+            return {**inputs, "input_ids": ids[:, known:], "position_ids": positions[:, known:]}
+        if positions is None and self._ahead and _is_matrix(ids):
+            first = self.get_seq_length() + self._ahead
+            return {**inputs, "position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
+        return inputs
+
+    def _unread(self, ids: Any, positions: Any) -> int:
         """How many leading columns of these inputs are in the cache already: not 0 when the prompt comes whole again.
 
         That is what assisted generation does with a cache that it is given, and what ``model(**hit.inputs)`` asks for.

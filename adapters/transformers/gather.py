@@ -1,7 +1,7 @@
 """What the store gives for a batch, as runs for the kernel: which tokens of which block go to which columns.
 
-Columns are what the model's cache counts: row ``i`` with ``t`` cached tokens has them in the last ``t`` of the
-``columns`` that are loaded; what lies before is padding, which the attention mask hides.
+Columns are what the model's cache counts. Where no span of a row says what they hold, they are zero: padding, which
+the attention mask hides, or tokens that the model is about to compute.
 """
 
 from __future__ import annotations
@@ -32,17 +32,29 @@ class Brought(NamedTuple):
     event: Event | None = None
 
 
+class Span(NamedTuple):
+    """Stored tokens that stand one behind the other: where they come from, and where they go."""
+
+    source: int  # which load
+    first: int  # token of it
+    tokens: int
+    position: int  # of the first
+    column: int
+
+
 class Part(NamedTuple):
     """What one row's sequence takes of a layer."""
 
     place: int  # of the sequence in the batch
-    hole: int  # columns of padding in front
-    token: int  # the first behind them
+    holes: list[tuple[int, int]]  # columns that nothing is brought to
+    pieces: list[tuple[int, int, int]]  # columns that something is brought to, first and behind the last; its position
     runs: np.ndarray
 
 
 class Gather:
-    """The loads of a batch, one per row or None, and how their bytes become tensors. Its leases end with ``release``.
+    """The loads of a batch, and how their bytes become tensors. Its leases end with ``release``.
+
+    ``rows``: of each row its spans, in order of columns; of loads that are None there are none.
 
     With a ``carrier`` the tensors are on its device, and the loads were asked for so; without, they are on the CPU.
     Different layers may be asked for by different threads at the same time.
@@ -51,7 +63,7 @@ class Gather:
     def __init__(
         self,
         loads: Sequence[Any],
-        tokens: Sequence[int],
+        rows: Sequence[Sequence[Span]],
         columns: int,
         specs: Sequence[LayerSpec],
         rotations: Sequence[Rotation],
@@ -59,7 +71,7 @@ class Gather:
         carrier: Carrier | None = None,
         device: torch.device = CPU,  # where addresses of loads are, without a carrier
     ) -> None:
-        self.loads, self.tokens, self.columns = list(loads), list(tokens), columns
+        self.loads, self.rows, self.columns = list(loads), [list(row) for row in rows], columns
         self._specs, self._rotations, self._dtype = specs, rotations, dtype
         self._carrier = carrier
         self._source = device
@@ -93,20 +105,22 @@ class Gather:
         turns.run(lambda: self._write(layer, places, parts, size, (keys, values)))
         event = turns.record()
         for part in parts:
-            carried = self._carried[places[part.place]]
-            if carried is not None and part.hole < size:
-                carried.used(layer, event)
+            for source in {span.source for span in self._within(places[part.place], start, size)}:
+                carried = self._carried[source]
+                if carried is not None:
+                    carried.used(layer, event)
         return Brought(keys, values, event)
 
-    def tail(self, layer: int, row: int, block: int, tokens: int) -> Pair | None:
-        """Keys before rotation and values of the first ``tokens`` of a row's block, [heads, tokens, dim].
+    def tail(self, layer: int, source: int, block: int, skipped: int, tokens: int) -> Pair | None:
+        """Keys before rotation and values of the first ``tokens`` of a chain's block, [heads, tokens, dim].
 
-        They are the store's own memory: say ``tail_read`` as soon as the engine's stream has been asked to read them.
+        ``skipped``: leading tokens of the chain whose blocks are no part of the load. What is returned is the store's
+        own memory: say ``tail_read`` as soon as the engine's stream has been asked to read it.
         """
-        load, spec = self.loads[row], self._specs[layer]
+        load, spec = self.loads[source], self._specs[layer]
         if load is None:
             return None
-        place = load.places(layer)[block]
+        place = load.places(layer)[block - skipped // load.layout.block_tokens]
         if place.hot:
             load.ready(current(self._device))
         device = self._device if place.hot else self._source
@@ -116,17 +130,18 @@ class Gather:
         )
         return keys, values
 
-    def tail_read(self, row: int) -> None:
+    def tail_read(self, source: int) -> None:
         """The memory stays until the engine's stream, which the host may be far ahead of, has come so far."""
-        carried = self._carried[row]
+        carried = self._carried[source]
         if carried is not None:
             carried.read(current(self._device).record())
 
     def release(self) -> None:
         """End the leases; what was given out is the model's."""
-        for carried, load, tokens in zip(self._carried, self.loads, self.tokens, strict=True):
+        for source, (carried, load) in enumerate(zip(self._carried, self.loads, strict=True)):
             if carried is not None:
-                carried.over(tokens)
+                spans = [span for row in self.rows for span in row if span.source == source]
+                carried.over(max((span.first + span.tokens for span in spans), default=0))
             if load is not None:
                 load.release()
         self.loads = [None] * len(self.loads)
@@ -140,21 +155,37 @@ class Gather:
             rows.setdefault(row, place)
         return {place: row for row, place in rows.items()}
 
+    def _within(self, row: int, start: int, size: int) -> list[Span]:
+        """A row's spans, cut to the columns that are asked for, and counted from the first of them."""
+        cut = []
+        for span in self.rows[row]:
+            low, high = max(start, span.column), min(start + size, span.column + span.tokens)
+            if low < high:
+                ahead = low - span.column
+                cut.append(Span(span.source, span.first + ahead, high - low, span.position + ahead, low - start))
+        return cut
+
     def _part(self, layer: int, place: int, row: int, start: int, size: int) -> Part:
-        first = self.columns - self.tokens[row]  # column of the row's first token
-        source = self._carried[row] or self.loads[row]
-        hole = size if source is None else min(max(0, first - start), size)
-        runs = runs_of(
-            source.places(layer) if hole < size else (), self.tokens[row], start - first, start + size - first
-        )
-        return Part(place, hole, max(0, start - first), runs)
+        holes, pieces, runs, column = [], [], [], 0
+        places: dict[int, Sequence[Any]] = {}
+        for span in self._within(row, start, size):
+            if span.source not in places:
+                places[span.source] = (self._carried[span.source] or self.loads[span.source]).places(layer)
+            stop = span.first + span.tokens
+            runs += runs_of(places[span.source], span.first, stop, span.position, span.column)
+            holes.append((column, span.column))
+            column = span.column + span.tokens
+            pieces.append((span.column, column, span.position))
+        holes = [hole for hole in (*holes, (column, size)) if hole[0] < hole[1]]
+        return Part(place, holes, pieces, np.array(runs, dtype=np.int64).reshape(-1, 7))
 
     def _write(self, layer: int, places: Sequence[int], parts: Sequence[Part], size: int, into: Pair) -> None:
         firsts = {places[part.place]: part.place for part in parts}
         for part in parts:
             keys, values = (tensor[part.place].narrow(1, 0, size) for tensor in into)
-            keys[:, : part.hole], values[:, : part.hole] = 0, 0
-            if part.hole < size:
+            for first, stop in part.holes:
+                keys[:, first:stop], values[:, first:stop] = 0, 0
+            if part.pieces:
                 self._turn(layer, part, Target(keys, values))
         for place, row in enumerate(places):
             if firsts[row] != place:
@@ -164,10 +195,10 @@ class Gather:
     def _turn(self, layer: int, part: Part, target: Target) -> None:
         rotation, keys = self._rotations[layer], target.keys
         if rotation.form is not None:
-            stop = part.token + keys.shape[1] - part.hole
+            stop = max(position + stop - first for first, stop, position in part.pieces)
             return transfer(part.runs, rotation.form.upto(stop, keys.device), target)
         transfer(part.runs, None, target)
-        if rotation.function is not None:
+        for first, stop, position in part.pieces if rotation.function is not None else ():
             # The model's own function, where its tables are.
-            turning = keys[None, :, part.hole :].to(self._specs[layer].device)
-            keys[:, part.hole :] = rotation.rotate(turning, part.token)[0]
+            turning = keys[None, :, first:stop].to(self._specs[layer].device)
+            keys[:, first:stop] = rotation.rotate(turning, position)[0]

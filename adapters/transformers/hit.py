@@ -22,6 +22,7 @@ class Hit:
     miss: Any  # why it ended there; ``str`` gives the sentence, ``kind`` and ``field`` what to act on
     cached_by_tier: dict[str, int]
     plan: Plan
+    exact: bool = True  # nothing is reused out of the context that it was computed in
 
     @property
     def timeline(self) -> list[Span]:
@@ -75,8 +76,11 @@ class Refused:
 class SavedTurn:
     """A save under way. ``tokens`` are visible to the next load already; for a batch, lists, one item per row."""
 
-    def __init__(self, saves: Sequence[Any], single: bool, refused: str | None = None) -> None:
+    def __init__(
+        self, saves: Sequence[Any], single: bool, refused: str | None = None, beside: Sequence[Any] = ()
+    ) -> None:
         self._saves = list(saves)
+        self._beside = list(beside)  # chains that end inside a composed prompt
         self._single = single
         self.refused = refused  # why nothing was saved, or None
 
@@ -92,6 +96,8 @@ class SavedTurn:
 
     def wait(self, timeout: float | None = None) -> Any:
         """Blocks until what can be durable is; says what is (``tokens``, ``blocks``, ``bytes``)."""
+        for save in self._beside:
+            save.wait(timeout)
         return self._each([save.wait(timeout) for save in self._saves])
 
     def _each(self, values: list[Any]) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvstore.adapters.transformers.composed import Scattered
 from kvstore.adapters.transformers.loaded import Loaded
+from kvstore.errors import Unsupported
 
 
 class _Waiting(DynamicLayer):
@@ -55,6 +57,15 @@ class _Waiting(DynamicLayer):
             self.places = [self.places[place] for place in torch.as_tensor(indices).tolist()]
         else:
             super().batch_select_indices(indices)
+
+
+def layer_for(source: Loaded, slot: int, window: int | None, scattered: Scattered | None) -> DynamicLayer:
+    """The layer for a slot."""
+    if scattered is None:
+        return LazyLayer(source, slot) if window is None else LazySlidingLayer(source, slot, window)
+    if window is None:
+        return ScatteredLayer(source, slot, scattered)
+    return ScatteredSlidingLayer(source, slot, scattered, window)
 
 
 class LazyLayer(_Waiting):
@@ -127,3 +138,68 @@ class LazySlidingLayer(_Waiting, DynamicSlidingWindowLayer):
             self.waiting = self.cumulative_length = max(0, self.waiting + tokens_to_remove)
         else:
             super().crop(tokens_to_remove)
+
+
+class _Scattered(_Waiting):
+    """A layer that is brought with all columns; the first call puts what the model computed into its own."""
+
+    scattered: Scattered
+
+    def _join(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.lazy_initialization(key_states, value_states)
+        keys, values = self._taken(0, key_states)
+        columns = self.scattered.columns.to(keys.device)
+        keys.index_copy_(2, columns, key_states)
+        values.index_copy_(2, columns, value_states)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Before the first forward pass only the columns in front of it count: the caller gives all the others."""
+        return self.scattered.leading if self.waiting else int(super().get_seq_length())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (a negative number, as transformers has it)."""
+        if self.waiting:
+            raise Unsupported("a composed prompt cannot be cropped before the model has read it")
+        super().crop(tokens_to_remove)
+
+
+class ScatteredLayer(_Scattered):
+    """A full attention layer of a scattered prompt."""
+
+    def __init__(self, source: Loaded, slot: int, scattered: Scattered) -> None:
+        super().__init__()
+        self.scattered = scattered
+        self._expect(source, slot)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``DynamicLayer``; the first call joins what is brought and what was computed."""
+        if not self.waiting:
+            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return result
+        self.keys, self.values = self._join(key_states, value_states)
+        return self.keys, self.values
+
+
+class ScatteredSlidingLayer(_Scattered, DynamicSlidingWindowLayer):
+    """A sliding window layer of a scattered prompt: all columns are there for the first pass, then the window's."""
+
+    def __init__(self, source: Loaded, slot: int, scattered: Scattered, window: int) -> None:
+        super().__init__(sliding_window=window)
+        self.scattered = scattered
+        self._expect(source, slot)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``DynamicSlidingWindowLayer``; the first call joins what is brought and what was computed."""
+        if not self.waiting:
+            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return result
+        keys, values = self._join(key_states, value_states)
+        self.cumulative_length = keys.shape[-2]
+        kept = keys.shape[-2] if self.record_past else self.sliding_window - 1
+        self.keys, self.values = keys[:, :, -kept:].contiguous(), values[:, :, -kept:].contiguous()
+        return keys, values

@@ -53,12 +53,14 @@ class Loaded:
         patience: float,
         worker: Worker | None = None,  # brings layers ahead of the model; None: they come when they are asked for
         pace: Pace | None = None,
+        whole: bool = False,  # all columns of every layer are wanted, also those that a window would drop
     ) -> None:
         self.recorder = recorder
         self.timeline = Timeline()
         self.recomputed = 0  # layers that the model had to compute again
         self.brought_ahead = 0  # layers that the model found as it wanted them
-        self.columns, self.rows = gather.columns, len(gather.tokens)
+        self.columns, self.rows = gather.columns, len(gather.rows)
+        self._whole = whole
         self._gather, self._specs = gather, specs
         self._aim = Aim(tuple(range(self.rows)), self.columns, room)  # replaced in one step; the worker reads it
         self._recompute = recompute
@@ -181,7 +183,7 @@ class Loaded:
 
     def _start(self, layer: int, aim: Aim) -> int:
         window = self._specs[layer].window
-        return 0 if window is None else max(0, aim.columns - window + 1)
+        return 0 if window is None or self._whole else max(0, aim.columns - window + 1)
 
     def _room(self, layer: int, aim: Aim) -> int:
         return aim.room if self._specs[layer].window is None else 0
@@ -190,13 +192,13 @@ class Loaded:
         """The block that new tokens go into begins with stored ones: the recorder wants their originals."""
         if self._instead is not None:
             return
-        for number, row in enumerate(self.recorder.rows):
-            block, tokens = row.tail()
+        for row in (*self.recorder.texts, *self.recorder.rows):
+            (block, tokens), source = row.tail(), row.seat.source
             if tokens and row.wants_seed:
-                originals = self._gather.tail(layer, number, block, tokens)
+                originals = self._gather.tail(layer, source, block, row.seat.skipped, tokens)
                 if originals is not None:
                     row.seed(layer, *originals)
-                    self._gather.tail_read(number)
+                    self._gather.tail_read(source)
 
     def _note_fetches(self) -> None:
         for layer in range(len(self._specs)):

@@ -31,21 +31,23 @@ class _WholeCache(DynamicCache):
         return result
 
 
-def nested_prefill(decoder: Any, config: Any, plan: Plan, specs: Sequence[LayerSpec]) -> Callable[[], list[Pair]]:
-    """A function that runs ``decoder`` over the cached columns of ``plan``: keys and values of every slot, turned."""
+def nested_prefill(
+    decoder: Any, config: Any, plan: Plan, columns: int, specs: Sequence[LayerSpec]
+) -> Callable[[], list[Pair]]:
+    """A function that runs ``decoder`` over ``columns`` of ``plan``: keys and values of every slot, turned."""
 
     def run() -> list[Pair]:
         cache = _WholeCache(config, specs)
-        mask = plan.mask[:, : plan.columns]
+        mask = plan.mask[:, :columns]
         # Above the last stored layer, a decoder that can leave early has nothing to compute that is wanted.
         leaving = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.forward).parameters else {}
         capture.listen(None)  # the forward pass around this one must not hear these calls
         try:
             with torch.no_grad():
                 decoder(
-                    input_ids=plan.ids[:, : plan.columns],
+                    input_ids=plan.ids[:, :columns],
                     attention_mask=None if bool(mask.all()) else mask,
-                    position_ids=plan.positions[:, : plan.columns],
+                    position_ids=plan.positions[:, :columns],
                     past_key_values=cache,
                     use_cache=True,
                     **leaving,

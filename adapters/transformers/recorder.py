@@ -25,6 +25,13 @@ class Step(NamedTuple):
     ids: list[int]
 
 
+class Opening(NamedTuple):
+    """What the first forward pass over a composed prompt reads: tokens of several chains, of which the last goes on."""
+
+    ids: list[int]
+    takes: list[tuple[Row, int, int]]  # a row, where its tokens begin among ``ids``, and how many there are
+
+
 class Recorder:
     """The rows of one cache. ``places[i]`` is the row that the batch's i-th sequence continues."""
 
@@ -35,8 +42,11 @@ class Recorder:
         rotations: Sequence[Rotation],
         dtype: torch.dtype,
         windows: bool,
+        opening: Opening | None = None,
     ) -> None:
         self.rows = list(rows)
+        self._opening = opening  # until the first forward pass
+        self.texts = [row for row, _, _ in opening.takes if row not in self.rows] if opening else []  # end with it
         self.places = list(range(len(self.rows)))
         self.calls = heard()
         self._columns = columns  # [rows, columns known]: which columns hold a token
@@ -59,6 +69,9 @@ class Recorder:
         self._states.clear()
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return self.end_all("the model was not given token ids")
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            return self._open(opening, on_host(ids))
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             return self.end_all("the attention mask was not two-dimensional")
         if ids.device.type != "cpu":  # all rows at once: every trip waits for the device
@@ -89,6 +102,17 @@ class Recorder:
         self._fresh = fresh
         self._together = new == 1 and all(step.row.alike for step in self._steps)
 
+    def _open(self, opening: Opening, ids: torch.Tensor) -> None:
+        """The first forward pass over a composed prompt starts."""
+        if any(row != opening.ids for row in ids.tolist()):
+            return self.end_all("the prompt was not read in one piece")
+        assert self._steps is not None
+        for row, first, count in opening.takes:
+            room = row.prepare(count)
+            if room:
+                self._steps.append(Step(row, 0, first, opening.ids[first : first + room]))
+        self._fresh = torch.ones((1, len(opening.ids)), dtype=torch.bool)
+
     @staticmethod
     def _reopened(row: Row) -> bool:
         """Whether a row that was saved can go on: the same cache is used for the next turn."""
@@ -100,16 +124,16 @@ class Recorder:
         count = int(fresh.sum()) if size > 1 else int(fresh[0])
         if not count:
             return
-        first, length = size - count, len(row.ids)
-        if count < size and (not bool(fresh[first:].all()) or (self._windows and length)):
+        first, position = size - count, row.position
+        if count < size and (not bool(fresh[first:].all()) or (self._windows and row.column)):
             return row.end("the attention mask has holes between tokens")
         if isinstance(positions, torch.Tensor):
             if positions.ndim != 2:
                 return row.end("positions were not two-dimensional")
             given = positions[place if positions.shape[0] > 1 else 0, -size:][first:].tolist()
-            if given[0] != length or given != list(range(length, length + count)):
-                return row.end(f"positions do not follow the {length} tokens before")
-        elif self._columns.shape[1] + first != length:
+            if given[0] != position or given != list(range(position, position + count)):
+                return row.end(f"positions do not follow the {position} before")
+        elif self._columns.shape[1] + first != position:
             return row.end("no position ids were given for a padded row")
         wanted = ids[first:].tolist()
         room = row.prepare(count)
@@ -158,6 +182,8 @@ class Recorder:
             self._columns = torch.cat((self._columns, self._fresh), dim=1)
             for row, _, _, ids in steps or ():
                 row.extend(ids)
+            for row in self.texts:
+                row.end("it is whole")
 
     # -- what the cache is told ---------------------------------------------------------------------------------------
 
@@ -174,11 +200,13 @@ class Recorder:
         self._total = max(0, self._total - tokens)
         self._columns = self._columns[:, : self._total]
         for row, left in zip(self.rows, self._columns.sum(dim=1).tolist(), strict=True):
-            row.crop(max(0, len(row.ids) - left), unread)
+            if left < row.column - len(row.ids):
+                row.end("cropped to before where it begins")
+            row.crop(min(len(row.ids), max(0, row.column - left)), unread)
 
     def end_all(self, reason: str) -> None:
         """Record nothing more in any row."""
-        for row in self.rows:
+        for row in (*self.texts, *self.rows):
             row.end(reason)
 
     def stop(self, reason: str) -> None:
@@ -189,7 +217,7 @@ class Recorder:
 
     def discard(self) -> None:
         """Give all private blocks back."""
-        for row in self.rows:
+        for row in (*self.texts, *self.rows):
             row.end("the hit was dropped")
             row.discard()
 

@@ -27,7 +27,8 @@ def reopen(
     row.base = len(row.ids)
     block, tokens = row.tail()
     try:
-        match = store.match(namespace, layout, [*row.ids, 0])
+        first = row.base - tokens
+        match = store.match(namespace, layout, row.ids, context=row.seat.context, first=first, whole=True)
         if match.tokens < row.base:
             match.release()
             return False
@@ -35,14 +36,14 @@ def reopen(
     except StoreClosed:
         return False
     try:
-        if load.tokens < row.base:
+        if match.skipped + load.tokens < row.base:
             return False
         row.ended = None
         for layer, spec in enumerate(specs) if tokens else ():
             if not load.wait(layer, patience):
                 row.end("the tail of what was saved could not be loaded again")
                 return False
-            piece = load.pieces(layer)[block]
+            piece = load.pieces(layer)[block - match.skipped // layout.block_tokens]
             keys = view(piece.keys, dtype, (spec.heads, piece.stride, spec.key_dim))
             values = view(piece.values, dtype, (spec.heads, piece.stride, spec.value_dim))
             row.seed(layer, keys[:, :tokens], values[:, :tokens])

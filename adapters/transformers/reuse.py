@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from kvstore.adapters.transformers import capture, generating, watch
 from kvstore.adapters.transformers.agree import agreed_tokens, without_trailing_padding
-from kvstore.adapters.transformers.ahead import worker_for
-from kvstore.adapters.transformers.attach import Attached, attach_test
-from kvstore.adapters.transformers.batch import Prompts, cut_by_columns, lay_out, read_prompts, to_callers_format
+from kvstore.adapters.transformers.attach import attach_test
+from kvstore.adapters.transformers.batch import Prompts, read_prompts, to_callers_format
 from kvstore.adapters.transformers.cache import ReuseCache
+from kvstore.adapters.transformers.encode import Encoded, encode, encodings
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
-from kvstore.adapters.transformers.gather import Gather
 from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn, sequences_of
-from kvstore.adapters.transformers.loaded import Loaded
+from kvstore.adapters.transformers.joined import Joined, empty
+from kvstore.adapters.transformers.mode import MODULAR, RECOMPUTED, asked_for, compose
 from kvstore.adapters.transformers.pace import Pace
-from kvstore.adapters.transformers.recompute import nested_prefill
-from kvstore.adapters.transformers.recorder import Recorder
-from kvstore.adapters.transformers.reopen import reopen
-from kvstore.adapters.transformers.row import Row
 from kvstore.adapters.transformers.staging import staging_on
-from kvstore.errors import BadInput, StoreClosed
+from kvstore.composition import Composition
+from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
-from kvstore.layout import BLOCK_TOKENS
-from kvstore.match import Miss
+from kvstore.layout import BLOCK_TOKENS, Layout
 from kvstore.plan import LayerPlan
-from kvstore.save import Draft
 from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
 
@@ -61,7 +57,7 @@ class Reuse:
         self._pace = Pace()
         self._carrier: Carrier | None = None
         capture.install(self._decoder, self)
-        self._attached: Attached
+        self._joined: Joined
         self.refresh()
         self._hook()
 
@@ -69,33 +65,54 @@ class Reuse:
 
     def refresh(self) -> None:
         """Test and fingerprint the model again, after its weights, adapters or attention were changed on purpose."""
-        self._attached = attach_test(self._decoder, self)
-        self.layout = self._attached.layout(self._block_tokens)
-        self.store.expect(self.layout)  # while the fingerprint is taken
+        attached = attach_test(self._decoder, self)
+        layout = attached.layout(self._block_tokens)
+        self.store.expect(layout)  # while the fingerprint is taken
         given = self._given_fingerprint
         if given is None:
-            given = fingerprint(self.model, self.store, self.plan)
-        self.fingerprint = given if isinstance(given, Fingerprint) else Fingerprint({"given": given})
-        self._staging = staging_on(self.layout, self._attached.dtype, self._attached.specs[0].device)
-        self._stamp = watch.sweep(self._base)
-        device = self._attached.device
-        if self._carrier is None and device.type == "cuda" and self._attached.turnable:
-            self._carrier = Carrier(device)
+            given = fingerprint(self.model, self.store, attached.plan)
+        if self._carrier is None and attached.device.type == "cuda" and attached.turnable:
+            self._carrier = Carrier(attached.device)
+        self._joined = Joined(
+            owner=weakref.ref(self),
+            decoder=self._decoder,
+            config=self._config,
+            store=self.store,
+            attached=attached,
+            layout=layout,
+            fingerprint=given if isinstance(given, Fingerprint) else Fingerprint({"given": given}),
+            stamp=watch.sweep(self._base),
+            staging=staging_on(layout, attached.dtype, attached.specs[0].device),
+            carrier=self._carrier,
+            pace=self._pace,
+            patience=self._patience,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """What the bytes of this model's blocks mean."""
+        return self._joined.layout
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the model."""
+        return self._joined.fingerprint
 
     @property
     def plan(self) -> LayerPlan:
         """Which layers blocks hold."""
-        return self._attached.plan
+        return self._joined.attached.plan
 
     @property
     def supports(self) -> frozenset[str]:
-        """Which kinds of reuse are exact claims on this model: of "exact", "shifted" and "modular"."""
-        return self._attached.supports
+        """Which kinds of reuse this model takes: of "exact", "shifted" and "modular"."""
+        return self._joined.attached.supports
 
     @property
     def counters(self) -> dict[str, int]:
         """What happened while recording on a device, beside the counters of ``store.stats()``."""
-        return {} if self._staging is None else self._staging.counters.snapshot()
+        staging = self._joined.staging
+        return {} if staging is None else staging.counters.snapshot()
 
     @property
     def _padding(self) -> int | None:
@@ -116,13 +133,8 @@ class Reuse:
                 return None
             if args:  # by name from here on
                 kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, args[len(names) :]
-            ids: Any = kwargs.get("input_ids")
-            positions: Any = kwargs.get("position_ids")
-            known = cache.unread(ids, positions)
-            if known:
-                ids, positions = ids[:, known:], positions[:, known:]
-                kwargs = {**kwargs, "input_ids": ids, "position_ids": positions}
-            cache.begin(ids, kwargs.get("attention_mask"), positions)
+            kwargs = cache.arranged(kwargs)
+            cache.begin(kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("position_ids"))
             return args, kwargs
 
         def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
@@ -138,16 +150,34 @@ class Reuse:
             weakref.finalize(self, handle.remove).atexit = False
 
     def _changed(self) -> str | None:
-        difference = watch.difference(self._stamp, watch.sweep(self._base))
+        difference = watch.difference(self._joined.stamp, watch.sweep(self._base))
         if difference is None:
             return None
         return f"{difference} after it was attached; call refresh() to use the model as it is now"
 
     # -- the three steps ----------------------------------------------------------------------------------------------
 
-    def load(self, input_ids: Any, attention_mask: Any = None, tenant: str = "") -> Hit:
-        """Find what is cached of a prompt or a batch, and start bringing it."""
-        return self._load(self._read(input_ids, attention_mask), tenant, by_columns=False)
+    def load(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        tenant: str = "",
+        *,
+        segments: Sequence[Any] | None = None,
+        mode: str | None = None,
+        recompute: float = RECOMPUTED,
+    ) -> Hit:
+        """Find what is cached of a prompt or a batch, and start bringing it.
+
+        ``input_ids``: token ids, or a ``Composition``. ``segments``: lists of token ids that follow each other; all but
+        the last may have been encoded apart. ``mode``: "exact" reuses only what was computed in this very context;
+        "modular" also what was encoded apart, as it is; "blend" computes the share ``recompute`` of that anew, where it
+        is furthest from what this prompt makes of it. Compositions and segments are "modular" unless told otherwise.
+        """
+        composition = asked_for(input_ids, segments, mode)
+        if composition is None:
+            return self._load(self._read(input_ids, attention_mask), tenant, by_columns=False)
+        return self._compose(composition, tenant, mode or MODULAR, recompute)
 
     def save(self, out: Any, cache: Any, tenant: str = "", owner: str = "", ttl: float | None = None) -> SavedTurn:
         """Store what was computed with a hit's cache; returns at once.
@@ -159,7 +189,7 @@ class Reuse:
             raise BadInput("save needs the cache of a hit of this Reuse; pass hit.cache")
         if cache.tenant != tenant:
             raise BadInput(f"this hit was loaded for tenant {cache.tenant!r}, so it cannot be saved for {tenant!r}")
-        recorder, single = cache.recorder, len(cache.recorder.rows) == 1
+        recorder, single, joined = cache.recorder, len(cache.recorder.rows) == 1, self._joined
         sequences = sequences_of(out)
         if not sequences or len(sequences) % len(recorder.rows):
             raise BadInput(f"the output has {len(sequences)} rows, the cache {len(recorder.rows)}")
@@ -167,40 +197,38 @@ class Reuse:
         agreed = []
         for number, row in enumerate(recorder.rows):
             ids = without_trailing_padding(sequences[number * each], generating.ends(self._base), self._padding)
-            agreed.append(agreed_tokens(number, ids, recorder.columns[number].tolist(), row.ids))
+            read = [*row.seat.before, *row.ids[row.seat.first :]]
+            tokens = agreed_tokens(number, ids, recorder.columns[number].tolist(), read)
+            agreed.append(max(0, tokens - len(row.seat.before) + row.seat.first))
         refused = cache.stamp if isinstance(cache.stamp, str) else self._changed()
-        if refused is not None or cache.stamp is not self._stamp:
+        if refused is not None or cache.stamp is not joined.stamp:
             recorder.end_all("saving was refused")
             recorder.discard()
             reason = refused or "the model was refreshed after this hit was loaded"
             return SavedTurn([Refused()] * len(recorder.rows), single, reason)
-        namespace = Namespace(self.fingerprint, tenant)
-        saves = []
-        for row, tokens in zip(recorder.rows, agreed, strict=True):
-            saves.append(self._save_row(row, tokens, namespace, owner, ttl))
-        return SavedTurn(saves, single)
-
-    def _save_row(self, row: Row, tokens: int, namespace: Namespace, owner: str, ttl: float | None) -> Any:
-        store, layout, attached, patience = self.store, self.layout, self._attached, self._patience
-        drafts, whole, ongoing = row.take(tokens), tokens == len(row.ids), row.ended is None
-        row.end("it was saved")
-        saved = store.save(namespace, layout, row.ids[:tokens], drafts, owner=owner, ttl=ttl, writer=WRITER)
-        if whole and ongoing and saved.tokens == tokens:
-            row.reopen = lambda: reopen(row, store, namespace, layout, attached.specs, attached.dtype, patience)
-        return saved
+        return joined.save(cache, Namespace(self.fingerprint, tenant), owner, ttl, agreed)
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         *,
+        segments: Sequence[Any] | None = None,
+        mode: str | None = None,
+        recompute: float = RECOMPUTED,
         tenant: str = "",
         owner: str = "",
         ttl: float | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``model.generate`` with reuse: load, generate, save. Takes its arguments and gives its result."""
+        """``model.generate`` with reuse: load, generate, save. Takes its arguments and those of ``load``."""
         generating.refuse(kwargs)
+        composition = asked_for(input_ids, segments, mode)
+        if composition is not None:
+            hit = self._compose(composition, tenant, mode or MODULAR, recompute)
+            out = self.model.generate(**hit.inputs, **generating.adjust(self.model, kwargs, 0))
+            self.save(out, hit.cache, tenant=tenant, owner=owner, ttl=ttl)
+            return out
         prompts = self._read(input_ids, attention_mask)
         hit = self._load(prompts, tenant, by_columns=generating.reads_ids(kwargs))
         width = int(hit.plan.ids.shape[1])
@@ -212,6 +240,27 @@ class Reuse:
         out.sequences = to_callers_format(out.sequences, prompts, width)
         return out
 
+    def encode(
+        self,
+        schema: Any = None,
+        *,
+        segments: Sequence[Any] | None = None,
+        tenant: str = "",
+        owner: str = "",
+        ttl: float | None = None,
+        pin: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Encoded:
+        """Compute and store what prompts will be composed of: the modules of a schema, compositions, or segments.
+
+        Each is computed alone; what is stored already is left as it is. ``pin``: keep it in "host" memory, or on
+        "disk" at least, until the result is released. ``progress`` is told tokens done and in all.
+        """
+        changed = self._changed()
+        if changed is not None:
+            raise Unsupported(changed)
+        return encode(self._joined, encodings(schema, segments), tenant, owner, ttl, pin, progress)
+
     # -- how a load is put together -----------------------------------------------------------------------------------
 
     def _read(self, input_ids: Any, attention_mask: Any) -> Prompts:
@@ -220,80 +269,8 @@ class Reuse:
     def _load(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
         changed = self._changed()
         if changed is not None:
-            empty: list[Any] = [None] * len(prompts.rows)
-            misses = [Miss("changed", 0, changed)] * len(prompts.rows)
-            return self._hit(prompts, empty, misses, [0] * len(prompts.rows), tenant, by_columns, changed)
-        namespace = Namespace(self.fingerprint, tenant)
-        loads, misses, tokens = [], [], []
-        for ids in prompts.rows:
-            match = self.store.match(namespace, self.layout, ids)
-            load = self.store.load(match, device=self._carrier is not None)
-            # What fails before attention begins costs a shorter hit; layer 0 comes first, so it is soon known.
-            load.wait(0, timeout=self._patience)
-            loads.append(load)
-            misses.append(match.miss)
-            tokens.append(min(load.tokens, load.good_tokens(len(self.layout.layers) - 1)))
-        return self._hit(prompts, loads, misses, tokens, tenant, by_columns, self._stamp)
+            return empty(self._joined, prompts, tenant, changed)
+        return self._joined.rows(prompts, tenant, by_columns)
 
-    def _hit(
-        self,
-        prompts: Prompts,
-        loads: list[Any],
-        misses: list[Any],
-        tokens: list[int],
-        tenant: str,
-        by_columns: bool,
-        stamp: object,
-    ) -> Hit:
-        attached = self._attached
-        windows = any(spec.window is not None for spec in attached.specs)
-        columns = max(tokens)
-        if len(tokens) > 1 and (windows or by_columns):
-            columns, tokens = cut_by_columns(prompts, tokens)
-        tiers: dict[str, int] = {}
-        for place, (load, count) in enumerate(zip(loads, tokens, strict=True)):
-            for tier, part in load.tokens_by_tier(count).items() if load is not None else ():
-                tiers[tier] = tiers.get(tier, 0) + part
-            if load is not None and not count:
-                load.release()
-                loads[place] = None
-        plan = lay_out(prompts, columns, tokens, attached.specs[0].device)
-        recorder = self._recorder(prompts, plan, windows, stamp)
-        gather = Gather(loads, tokens, columns, attached.specs, attached.rotations, attached.dtype, self._carrier)
-        new = int(plan.ids.shape[1]) - columns
-        loaded = Loaded(
-            gather,
-            new,
-            attached.specs,
-            recorder,
-            nested_prefill(self._decoder, self._config, plan, attached.specs),
-            self._patience,
-            worker_for(self.store, new, self._carrier is not None),
-            self._pace,
-        )
-        specs, dtype = attached.specs, attached.dtype
-        cache = ReuseCache(self, loaded, recorder, self.plan, specs, dtype, plan, stamp, tenant)
-        single = prompts.single
-        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
-
-    def _recorder(self, prompts: Prompts, plan: Any, windows: bool, stamp: object) -> Recorder:
-        attached, store, layout, staging = self._attached, self.store, self.layout, self._staging
-
-        def new_draft() -> Draft | None:
-            try:
-                return store.draft(layout)
-            except StoreClosed:  # inside a forward pass, which goes on
-                return None
-
-        rows = [
-            Row(ids[:count], attached.specs, attached.dtype, layout.block_tokens, new_draft, staging)
-            for ids, count in zip(prompts.rows, plan.tokens, strict=True)
-        ]
-        held = plan.mask[:, : plan.columns].to("cpu", torch.bool)
-        recorder = Recorder(rows, held, attached.rotations, attached.dtype, windows)
-        if isinstance(stamp, str):
-            recorder.end_all(stamp)
-        return recorder
-
-
-WRITER = f"transformers/{torch.__version__}"[:64]
+    def _compose(self, composition: Composition, tenant: str, mode: str, recompute: float) -> Hit:
+        return compose(self._joined, composition, tenant, mode, recompute, self._changed())

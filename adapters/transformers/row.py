@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,20 @@ from kvstore.adapters.transformers.passage import Passage
 from kvstore.adapters.transformers.staging import TOO_SLOW, StagedBlock, Staging
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a chain stands in its prompt."""
+
+    before: Sequence[int] = ()  # tokens of the prompt that come before it
+    first: int = 0  # token of the chain that stands behind them
+    position: int = 0  # of that token
+    context: tuple[bytes, ...] = ()  # what the chain was computed behind
+    source: int = 0  # which load has what is stored of it
+    skipped: int = 0  # leading tokens whose blocks are no part of that load
+
+
 class Row:
-    """What is known of one sequence. ``base`` of its tokens are stored already, the rest is in private blocks.
+    """What is known of one chain. ``base`` of its tokens are stored already, the rest is in private blocks.
 
     ``staging``: where blocks are written before they leave for their drafts; None: straight into the drafts. A full
     block leaves when the forward pass after it begins, so that tokens which are rejected at once cost no way back.
@@ -28,8 +41,10 @@ class Row:
         block_tokens: int,
         new_draft: Callable[[], Any],
         staging: Staging | None = None,
+        seat: Seat | None = None,  # None: it is the whole prompt
     ) -> None:
         self.ids = list(ids)
+        self.seat = seat or Seat()
         self.base = len(self.ids)
         self.ended: str | None = None  # why nothing more is recorded
         self.reopen: Callable[[], bool] | None = None  # after a save: fetch the tail again, to go on recording
@@ -39,6 +54,16 @@ class Row:
         self._sealed = 0  # blocks before this one have left
         self._passage: Passage | None = None  # blocks that the forward pass that is running fills alone
         self.alike = are_alike(specs)  # so that ``write_token`` can be used
+
+    @property
+    def column(self) -> int:
+        """Where its next token stands in the prompt."""
+        return len(self.seat.before) + len(self.ids) - self.seat.first
+
+    @property
+    def position(self) -> int:
+        """The position of its next token."""
+        return self.seat.position + len(self.ids) - self.seat.first
 
     def end(self, reason: str) -> None:
         """Record nothing more; what was recorded stays."""

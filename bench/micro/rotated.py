@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -68,7 +69,8 @@ class Row:
         assert load.tokens == match.tokens, f"{load.tokens} of {match.tokens} tokens came back"
         for layer, (keys, values) in enumerate(self.cache):
             assert load.wait(layer)
-            transfer(runs_of(load.places(layer), load.tokens, 0, load.tokens), turn, Target(keys, values))
+            runs = np.array(runs_of(load.places(layer), 0, load.tokens, 0, 0), dtype=np.int64)
+            transfer(runs, turn, Target(keys, values))
         load.release()
 
     def originals(self, layer: int) -> Pair:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 # Columns of runs, which are an int64 array [n, 7]. One row is one run: tokens of one block that stay together.
@@ -27,17 +26,18 @@ class Target:
     pages: torch.Tensor | None = None
 
 
-def runs_of(places: Sequence[Any], tokens: int, start: int, stop: int) -> np.ndarray:
-    """Runs of tokens ``start`` (below 0: padding comes first) to ``stop``, of a row whose first ``tokens`` count.
+def runs_of(places: Sequence[Any], first: int, stop: int, position: int, column: int) -> list[tuple[int, ...]]:
+    """Rows of a run array for tokens ``first`` to ``stop``, of which the first goes to ``position`` and ``column``.
 
-    ``places``: where its blocks are in one layer (``kvstore.load.Place``), from the start of the chain.
+    ``places``: where the blocks that hold them are in one layer (``kvstore.load.Place``), those before them included.
     """
-    rows, token = [], 0
+    rows: list[tuple[int, ...]] = []
+    token = 0
     for place in places:
-        size = min(place.tokens, tokens - token)
-        low, high = max(0, start - token), min(size, stop - token)
+        low, high = max(0, first - token), min(place.tokens, stop - token)
         if low < high:
-            position = token + low
-            rows.append((place.keys, place.values, place.stride, low, high - low, position, position - start))
-        token += size
-    return np.array(rows, dtype=np.int64).reshape(-1, 7)
+            done = token + low - first
+            run = (low, high - low, position + done, column + done)
+            rows.append((place.keys, place.values, place.stride, *run))
+        token += place.tokens
+    return rows

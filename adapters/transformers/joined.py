@@ -1,0 +1,268 @@
+"""A model joined to a store as it is now: how a load becomes a hit, and what was recorded becomes a save."""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvstore.adapters.transformers.ahead import worker_for
+from kvstore.adapters.transformers.attach import Attached
+from kvstore.adapters.transformers.batch import Plan, Prompts, cut_by_columns, lay_out
+from kvstore.adapters.transformers.cache import ReuseCache
+from kvstore.adapters.transformers.composed import Composed
+from kvstore.adapters.transformers.gather import Gather, Span
+from kvstore.adapters.transformers.hit import Hit, SavedTurn
+from kvstore.adapters.transformers.loaded import Loaded
+from kvstore.adapters.transformers.pace import Pace
+from kvstore.adapters.transformers.recompute import nested_prefill
+from kvstore.adapters.transformers.recorder import Opening, Recorder
+from kvstore.adapters.transformers.reopen import reopen
+from kvstore.adapters.transformers.row import Row, Seat
+from kvstore.adapters.transformers.staging import Staging
+from kvstore.adapters.transformers.watch import Stamp
+from kvstore.assembly import Assembly, Run, assemble
+from kvstore.composition import Composition
+from kvstore.errors import StoreClosed
+from kvstore.keys import Fingerprint, Namespace
+from kvstore.layout import Layout
+from kvstore.load import Load
+from kvstore.match import Match, Miss
+from kvstore.save import Draft
+from kvstore.store import Store
+from kvstore.tensors.carrier import Carrier
+
+WRITER = f"transformers/{torch.__version__}"[:64]
+
+
+@dataclass(eq=False)
+class Joined:
+    """What stays as it is until the next ``refresh``. Any thread."""
+
+    owner: weakref.ref[Any]  # the Reuse whose caches these are
+    decoder: Any
+    config: Any
+    store: Store
+    attached: Attached
+    layout: Layout
+    fingerprint: Fingerprint
+    stamp: Stamp  # of the weights that the fingerprint was taken of
+    staging: Staging | None
+    carrier: Carrier | None
+    pace: Pace
+    patience: float  # seconds that a forward pass waits for layers in all, before it computes them itself
+
+    @property
+    def windows(self) -> bool:
+        """Whether some layer sees only so many tokens back."""
+        return any(spec.window is not None for spec in self.attached.specs)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def load(self, match: Match) -> tuple[Load, int]:
+        """Start a load; which tokens of the chain, up to which, can be counted on."""
+        load = self.store.load(match, device=self.carrier is not None)
+        # What fails before attention begins costs a shorter hit; layer 0 comes first, so it is soon known.
+        load.wait(0, timeout=self.patience)
+        return load, match.skipped + min(load.tokens, load.good_tokens(len(self.layout.layers) - 1))
+
+    def rows(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
+        """A hit for prompts that go on from what is stored of them."""
+        namespace = Namespace(self.fingerprint, tenant)
+        loads: list[Any] = []
+        misses, tokens = [], []
+        for ids in prompts.rows:
+            match = self.store.match(namespace, self.layout, ids)
+            load, good = self.load(match)
+            loads.append(load)
+            misses.append(match.miss)
+            tokens.append(good)
+        return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp)
+
+    def hit(
+        self,
+        prompts: Prompts,
+        loads: list[Any],
+        misses: list[Any],
+        tokens: list[int],
+        tenant: str,
+        by_columns: bool,
+        stamp: object,
+    ) -> Hit:
+        """A hit of the first ``tokens`` of each row."""
+        columns = max(tokens)
+        if len(tokens) > 1 and (self.windows or by_columns):
+            columns, tokens = cut_by_columns(prompts, tokens)
+        tiers: dict[str, int] = {}
+        for place, (load, count) in enumerate(zip(loads, tokens, strict=True)):
+            _count(tiers, load, count)
+            if load is not None and not count:
+                load.release()
+                loads[place] = None
+        plan = lay_out(prompts, columns, tokens, self.attached.specs[0].device)
+        held = plan.mask[:, : plan.columns].to("cpu", torch.bool)
+        rows = [
+            self._row(ids[:count], Seat(source=place))
+            for place, (ids, count) in enumerate(zip(prompts.rows, plan.tokens, strict=True))
+        ]
+        recorder = Recorder(rows, held, self.attached.rotations, self.attached.dtype, self.windows)
+        if isinstance(stamp, str):
+            recorder.end_all(stamp)
+        spans = [[Span(place, 0, count, 0, columns - count)] if count else [] for place, count in enumerate(tokens)]
+        cache = self._cache(loads, spans, plan, recorder, stamp, tenant, None)
+        single = prompts.single
+        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
+
+    def assembled(self, namespace: Namespace, composition: Composition, apart: bool) -> tuple[Assembly, list[Any]]:
+        """A prompt resolved, and loads of its runs under way.
+
+        What turns out not to be there (a block that fails, no room for leases) is left to compute: of a run of this
+        prompt its end, of a modular one all that the next try does not promise any more.
+        """
+        while True:
+            assembly = assemble(self.store, namespace, self.layout, composition, apart)
+            loads: list[Any] = []
+            broken, left = [], []
+            for number, run in enumerate(assembly.runs):
+                if not run.cached:
+                    run.match.release()
+                    loads.append(None)
+                    continue
+                load, good = self.load(run.match)
+                loads.append(load)
+                if run.modular and good < len(run.chain):
+                    broken.append(number)
+                    left.append(good)
+                run.stored = min(run.stored, good)
+            if not broken:
+                return assembly, loads
+            for load in loads:
+                if load is not None:
+                    load.release()
+            composition = assembly.without(broken, left)
+
+    def composed(self, composed: Composed, loads: list[Any], tenant: str, stamp: object) -> Hit:
+        """A hit of a composed prompt, with ``loads`` of its runs."""
+        assembly = composed.assembly
+        tiers: dict[str, int] = {}
+        for load, run in zip(loads, assembly.runs, strict=True):
+            _count(tiers, load, run.stored - run.match.skipped)
+        plan = composed.plan(self.attached.specs[0].device)
+        recorder = self._opening(composed, tenant)
+        if isinstance(stamp, str):
+            recorder.end_all(stamp)
+        cache = self._cache(loads, [composed.spans()], plan, recorder, stamp, tenant, composed)
+        unfinished = (run.match.miss for run in assembly.runs if run.cached < len(run.chain) - run.first)
+        cached = composed.total - len(composed.computed)
+        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact)
+
+    def _cache(
+        self,
+        loads: list[Any],
+        spans: list[list[Span]],
+        plan: Plan,
+        recorder: Recorder,
+        stamp: object,
+        tenant: str,
+        composed: Composed | None,
+    ) -> ReuseCache:
+        attached, specs = self.attached, self.attached.specs
+        kind = self.decoder.config._attn_implementation
+        scattered = None if composed is None else composed.scatter(specs, kind)
+        columns = plan.columns if scattered is None else scattered.total
+        new = int(plan.ids.shape[1]) - columns
+        loaded = Loaded(
+            Gather(loads, spans, columns, specs, attached.rotations, attached.dtype, self.carrier),
+            new,
+            specs,
+            recorder,
+            nested_prefill(self.decoder, self.config, plan, columns, specs),
+            self.patience,
+            worker_for(self.store, new or len(scattered.columns if scattered else ()), self.carrier is not None),
+            self.pace,
+            whole=scattered is not None,
+        )
+        return ReuseCache(
+            self.owner(), loaded, recorder, attached.plan, specs, attached.dtype, plan, stamp, tenant, scattered
+        )
+
+    # -- recording ----------------------------------------------------------------------------------------------------
+
+    def _row(self, ids: Sequence[int], seat: Seat) -> Row:
+        def new_draft() -> Draft | None:
+            try:
+                return self.store.draft(self.layout)
+            except StoreClosed:  # inside a forward pass, which goes on
+                return None
+
+        specs, dtype = self.attached.specs, self.attached.dtype
+        return Row(ids, specs, dtype, self.layout.block_tokens, new_draft, self.staging, seat)
+
+    def _opening(self, composed: Composed, tenant: str) -> Recorder:
+        """Records each chain that the first pass computes a part of, and then the one that goes on."""
+        namespace, ids = Namespace(self.fingerprint, tenant), composed.assembly.composition.token_ids
+        takes = []
+        for source, run in enumerate(composed.assembly.runs):
+            first, count = composed.takes(run)
+            if count:
+                takes.append((self._row(*_seated(run, source, ids, namespace)), first, count))
+        opening = Opening([ids[column] for column in composed.computed], takes)
+        known = torch.ones((1, composed.total - len(composed.computed)), dtype=torch.bool)
+        tail, attached = takes[-1][0], self.attached
+        return Recorder([tail], known, attached.rotations, attached.dtype, self.windows, opening)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        cache: ReuseCache,
+        namespace: Namespace,
+        owner: str,
+        ttl: float | None,
+        tokens: Sequence[int] | None = None,
+    ) -> SavedTurn:
+        """Publish what was recorded with a cache; ``tokens``: only the first so many of each row's chain."""
+        recorder = cache.recorder
+        texts = [self._save(row, len(row.ids), namespace, owner, ttl) for row in recorder.texts]
+        recorder.texts.clear()
+        counts = [len(row.ids) for row in recorder.rows] if tokens is None else tokens
+        saves = [
+            self._save(row, count, namespace, owner, ttl) for row, count in zip(recorder.rows, counts, strict=True)
+        ]
+        return SavedTurn(saves, len(saves) == 1, beside=texts)
+
+    def _save(self, row: Row, tokens: int, namespace: Namespace, owner: str, ttl: float | None) -> Any:
+        """Publish what was recorded of the first ``tokens`` of a chain."""
+        drafts, whole, ongoing = row.take(tokens), tokens == len(row.ids), row.ended is None
+        row.end("it was saved")
+        context = row.seat.context
+        saved = self.store.save(
+            namespace, self.layout, row.ids[:tokens], drafts, context=context, owner=owner, ttl=ttl, writer=WRITER
+        )
+        if whole and ongoing and saved.tokens == tokens:
+            specs, dtype = self.attached.specs, self.attached.dtype
+            row.reopen = lambda: reopen(row, self.store, namespace, self.layout, specs, dtype, self.patience)
+        return saved
+
+
+def empty(joined: Joined, prompts: Prompts, tenant: str, reason: str) -> Hit:
+    """A hit of nothing, which records nothing, because of ``reason``."""
+    rows = len(prompts.rows)
+    misses = [Miss("changed", 0, reason)] * rows
+    return joined.hit(prompts, [None] * rows, misses, [0] * rows, tenant, False, reason)
+
+
+def _seated(run: Run, source: int, ids: Sequence[int], namespace: Namespace) -> tuple[list[int], Seat]:
+    """What is stored of a run's chain, and where it stands."""
+    tokens = array("I", run.chain.token_ids).tolist()[: run.first + run.cached]
+    context = tuple(run.chain.items(namespace))
+    return tokens, Seat(ids[: run.column], run.first, run.position, context, source, run.match.skipped)
+
+
+def _count(tiers: dict[str, int], load: Load | None, tokens: int) -> None:
+    for tier, part in load.tokens_by_tier(tokens).items() if load is not None else ():
+        tiers[tier] = tiers.get(tier, 0) + part

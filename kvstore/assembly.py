@@ -1,0 +1,190 @@
+"""A composition as far as the store has it: which tokens come from where, and which are left to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvstore.composition import Chain, Composition, Open, Part, Placement, Text, Walk
+from kvstore.keys import TOKEN_BYTES, Namespace
+from kvstore.layout import Layout
+from kvstore.match import Match
+from kvstore.store import Store
+
+
+@dataclass
+class Run:
+    """Consecutive tokens of a prompt that belong to one chain; the first so many of them are stored.
+
+    A *modular* run was computed elsewhere, and is stored whole. What is not stored of any other run is computed in
+    this prompt, and belongs to ``chain`` from then on.
+    """
+
+    chain: Chain  # its tokens end where the run ends
+    first: int  # token of the chain that the run begins with
+    column: int  # of the prompt
+    position: int
+    match: Match
+    modular: bool = False
+    stored: int = -1  # tokens of the chain that can be had
+
+    def __post_init__(self) -> None:
+        self.stored = self.match.tokens if self.stored < 0 else self.stored
+
+    @property
+    def stop(self) -> int:
+        """The column behind it."""
+        return self.column + len(self.chain) - self.first
+
+    @property
+    def cached(self) -> int:
+        """How many of its leading tokens are stored."""
+        return max(0, self.stored - self.first)
+
+
+@dataclass
+class Assembly:
+    """A prompt resolved against a store. Holds leases until its matches are loaded or released."""
+
+    composition: Composition
+    runs: list[Run]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is reused out of the context that it was computed in."""
+        return not any(run.modular for run in self.runs)
+
+    @property
+    def tail(self) -> Run:
+        """The run that generation goes on; it has at least one token to compute."""
+        return self.runs[-1]
+
+    def missing(self) -> list[int]:
+        """The columns that are left to compute, in order."""
+        return [column for run in self.runs for column in range(run.column + run.cached, run.stop)]
+
+    def release(self) -> None:
+        """End all leases."""
+        for run in self.runs:
+            run.match.release()
+
+    def without(self, broken: Sequence[int], stored: Sequence[int]) -> Composition:
+        """The prompt with less expected of these modular runs, of whose chains only so many tokens can be had."""
+        parts = list(self.composition.parts)
+        for number, tokens in zip(broken, stored, strict=True):
+            run = self.runs[number]
+            place, part = next((n, p) for n, p in enumerate(parts) if p.position == run.position)
+            kept = max(0, tokens - run.first)
+            rest: list[Part] = [Text(part.token_ids[kept * TOKEN_BYTES :], part.position + kept)]
+            if kept and isinstance(part, Placement):
+                rest.insert(0, Placement(part.chain, part.start, part.start + kept, part.position))
+            parts[place : place + 1] = rest
+        return Composition(tuple(parts), self.composition.mark)
+
+
+def assemble(
+    store: Store, namespace: Namespace, layout: Layout, composition: Composition, apart: bool = True
+) -> Assembly:
+    """Look up every part of a prompt: what goes on in its own context first, then what was encoded ``apart``.
+
+    At least the last token is left to compute. Without ``apart`` only what was computed in this very context is used.
+    Takes leases, moves nothing.
+    """
+    return Assembly(composition, list(_Assembler(store, namespace, layout, composition, apart).runs()))
+
+
+class _Assembler:
+    """One walk through a prompt."""
+
+    def __init__(
+        self, store: Store, namespace: Namespace, layout: Layout, composition: Composition, apart: bool
+    ) -> None:
+        self._store, self._namespace, self._layout = store, namespace, layout
+        self._composition, self._apart = composition, apart
+        self._walk = Walk(composition.mark)
+        self._column = 0  # where the open chain's first token stands
+        self._whole = True  # all placements so far are what they say, so declared chains hold
+
+    def runs(self) -> Iterator[Run]:
+        """The runs, in order."""
+        total = len(self._composition)
+        for column, part in self._composition.columns():
+            if isinstance(part, Text):
+                yield from self._text(column, part)
+                self._whole = self._whole and part.behind is not None
+                continue
+            done = 0
+            if self._here(part) is None and self._apart:
+                match = self._elsewhere(column, part, total)
+                if match is not None:
+                    yield from self._closed(False)
+                    done = match.tokens - part.start
+                    placed = Placement(part.chain, part.start, match.tokens, part.position)
+                    self._walk.place(placed)
+                    chain = Chain(part.chain.token_ids[: match.tokens * TOKEN_BYTES], part.chain.context)
+                    yield Run(chain, part.start, column, part.position, match, modular=True)
+            if done < len(part):
+                self._whole = self._whole and self._here(part) is not None
+                rest = Text(part.token_ids[done * TOKEN_BYTES :], part.position + done)
+                yield from self._text(column + done, rest)
+        yield from self._closed(True)
+
+    def _here(self, part: Placement) -> Open | None:
+        """The open chain, if the part is where it goes on; at the very start, the empty one."""
+        walk = self._walk
+        if walk.open is None and not walk.before and part.position == 0:
+            return Open((), b"", 0) if Open((), b"", 0).goes_on_with(part) else None
+        return walk.open if walk.open is not None and walk.open.goes_on_with(part) else None
+
+    def _text(self, column: int, part: Text) -> Iterator[Run]:
+        before = self._walk.open
+        declared = part.behind if self._whole else None
+        goes_on = before is not None and before.end == part.position
+        if declared is not None and not (goes_on and before is not None and before.chain == declared):
+            yield from self._closed(False)
+            here = self._walk.go_on(declared, part.position)
+        else:
+            if not goes_on:
+                yield from self._closed(False)
+            here = self._walk.start(part.position)
+        if here is not before:
+            self._column = column
+        here.token_ids += part.token_ids
+
+    def _closed(self, last: bool) -> Iterator[Run]:
+        """The open chain ends: its run, with what is stored of it."""
+        here = self._walk.open
+        if here is None:
+            return
+        chain = here.chain
+        match = self._match(chain, here.first, whole=not last)
+        self._walk.close()
+        yield Run(chain, here.first, self._column, here.position + here.first, match)
+
+    def _elsewhere(self, column: int, part: Placement, total: int) -> Match | None:
+        """What is stored of a part that was encoded apart, if that is more than what goes on in this context."""
+        end = column + len(part) == total
+        tokens = part.chain.token_ids[: (part.stop - end) * TOKEN_BYTES]
+        found = self._match(Chain(tokens, part.chain.context), part.start, whole=True)
+        if found.tokens - part.start > self._covered(part):
+            return found
+        found.release()
+        return None
+
+    def _covered(self, part: Part) -> int:
+        """How many tokens of a part are stored as going on the open chain."""
+        here = self._walk.open
+        if here is None or here.end != part.position:
+            if here is not None or self._walk.before or part.position:
+                return 0
+            here = Open((), b"", 0)
+        start = len(here.chain)
+        match = self._match(Chain(here.token_ids + part.token_ids, here.context), start, whole=True)
+        match.release()
+        return max(0, match.tokens - start)
+
+    def _match(self, chain: Chain, first: int, whole: bool) -> Match:
+        context = chain.items(self._namespace)
+        return self._store.match(
+            self._namespace, self._layout, chain.token_ids, context=context, first=first, whole=whole
+        )
