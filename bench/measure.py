@@ -35,33 +35,34 @@ class Difference:
 
     largest: float
     gaps: tuple[float, ...]  # where the best tokens differ: how close the two best logits were
+    divergence: float  # mean over the tokens of how far the other's distribution is from the one's, in nats
 
 
-def answer(model: Any, ids: torch.Tensor, cache: Any, tokens: int, script: Sequence[int], started: float) -> Answer:
-    """Feeds `ids`, then one token at a time: those of `script`, or the best ones where it is empty.
+def answer(model: Any, first: dict[str, Any], cache: Any, tokens: int, script: Sequence[int], started: float) -> Answer:
+    """Feeds the inputs `first`, then one token at a time: those of `script`, or the best ones where it is empty.
 
     `started` is when the request came in: the time to the first token counts from there.
     """
     steps: list[torch.Tensor] = []
     chosen: list[int] = []
-    fed, first = ids, 0.0
+    inputs, ended = first, 0.0
     for step in range(tokens):
-        logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = model(**{**inputs, "past_key_values": cache, "use_cache": True}, logits_to_keep=1).logits[0, -1]
         best = int(logits.argmax())  # waits for the device
         if step == 0:
-            first = time.perf_counter()
+            ended = time.perf_counter()
         steps.append(logits)
         chosen.append(script[step] if script else best)
-        fed = torch.tensor([chosen[-1:]], device=ids.device)
-    decoding = time.perf_counter() - first
+        inputs = {"input_ids": torch.tensor([chosen[-1:]], device=first["input_ids"].device)}
+    decoding = time.perf_counter() - ended
     stacked = torch.stack(steps).to("cpu", torch.float32)
-    return Answer(stacked, tuple(chosen), first - started, decoding / (tokens - 1) if tokens > 1 else 0.0)
+    return Answer(stacked, tuple(chosen), ended - started, decoding / (tokens - 1) if tokens > 1 else 0.0)
 
 
 def recompute(model: Any, ids: torch.Tensor, tokens: int, script: Sequence[int] = ()) -> Answer:
     """The answer with no cache at all before it."""
     started = time.perf_counter()
-    return answer(model, ids, DynamicCache(config=model.config), tokens, script, started)
+    return answer(model, {"input_ids": ids}, DynamicCache(config=model.config), tokens, script, started)
 
 
 def difference(one: Answer, other: Answer) -> Difference:
@@ -71,7 +72,11 @@ def difference(one: Answer, other: Answer) -> Difference:
     best = one.logits.topk(2, dim=-1).values
     differs = one.logits.argmax(dim=-1) != other.logits.argmax(dim=-1)
     gaps = (best[:, 0] - best[:, 1])[differs]
-    return Difference(largest if largest == largest else float("inf"), tuple(gaps.tolist()))
+    apart = torch.nn.functional.kl_div(
+        other.logits.log_softmax(-1), one.logits.log_softmax(-1), log_target=True, reduction="none"
+    )
+    divergence = float(apart.sum(-1).mean())
+    return Difference(largest if largest == largest else float("inf"), tuple(gaps.tolist()), divergence)
 
 
 def chunk_noise(model: Any, ids: torch.Tensor, whole: Answer, cached_tokens: int) -> float:
@@ -87,6 +92,7 @@ def chunk_noise(model: Any, ids: torch.Tensor, whole: Answer, cached_tokens: int
         cache = DynamicCache(config=model.config)
         for begin, end in itertools.pairwise(starts):
             model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        again = answer(model, ids[:, starts[-1] :], cache, len(whole.fed), whole.fed, time.perf_counter())
+        last = {"input_ids": ids[:, starts[-1] :]}
+        again = answer(model, last, cache, len(whole.fed), whole.fed, time.perf_counter())
         largest = max(largest, difference(whole, again).largest)
     return largest

@@ -42,6 +42,9 @@ class Row:
     logit_difference: float
     gaps: tuple[float, ...]  # of the tokens that differ: how close the two best logits were
     noise: float | None  # what other chunks alone make of this prompt; None where it was not measured
+    prefix_tokens: int = 0  # that were cached without looking for runs elsewhere
+    exact: bool = True  # nothing was reused out of its context
+    divergence: float = 0.0  # of the output's distribution from that of a recompute, in nats a token
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Replay:
     reuse: Reuse
     tokens: int = 8
     interleave: bool = False
+    discover: int = 0  # also reuse runs of so many tokens that stand anywhere; 0: only what a prompt begins with
     rows: list[Row] = field(default_factory=list)
     noise_samples: Counter[str] = field(default_factory=Counter)
     timed: Timed | None = None
@@ -78,13 +82,14 @@ class Replay:
         plain = None if place % 2 else recompute(model, ids, self.tokens)
 
         started = time.perf_counter()
-        hit = self.reuse.load(ids)
+        hit = self.reuse.load(ids, discover=self.discover)
         cached = hit.cached_tokens
         assert isinstance(cached, int)  # one prompt, not a batch
-        reused = answer(model, ids[:, cached:], hit.cache, self.tokens, plain.fed if plain else (), started)
+        reused = answer(model, hit.forward_inputs, hit.cache, self.tokens, plain.fed if plain else (), started)
         spans = hit.timeline
         if spans and cached > (self.timed.cached_tokens if self.timed else 0):
             self.timed = Timed(conversation.id, number + 1, cached, spans)
+        prefix = hit.prefix_tokens
         saving = time.perf_counter()
         if self.tokens > 1:
             hit.cache.crop(1 - self.tokens)  # the log's reply comes next, not what the model just said
@@ -93,9 +98,9 @@ class Replay:
 
         plain = plain or recompute(model, ids, self.tokens, reused.fed)
         apart = difference(plain, reused)
-        doubt = bool(apart.gaps) and self.noise_samples["doubt"] < NOISE_SAMPLES_ON_DOUBT
+        doubt = bool(apart.gaps) and hit.exact and self.noise_samples["doubt"] < NOISE_SAMPLES_ON_DOUBT
         self.noise_samples["doubt"] += doubt
-        noise = chunk_noise(model, ids, plain, cached) if measure_noise or doubt else None
+        noise = chunk_noise(model, ids, plain, cached) if hit.exact and (measure_noise or doubt) else None
         return Row(
             conversation=conversation.id,
             turn=number + 1,
@@ -110,6 +115,9 @@ class Replay:
             logit_difference=apart.largest,
             gaps=apart.gaps,
             noise=noise,
+            prefix_tokens=prefix,
+            exact=hit.exact,
+            divergence=apart.divergence,
         )
 
 

@@ -146,4 +146,20 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_row("output tokens", f"{result['tokens_compared']:,}", verdict, f"{ties} ties")
     noise = f"noise {result['logit_noise']:.1e}"
     shown.add_row("largest logit difference", "", f"{result['max_logit_difference']:.1e}", noise)
+    if result["discovery"] is not None:
+        add_discovery(shown, result["discovery"], result["prompt_tokens"])
     return shown
+
+
+def add_discovery(shown: Table, found: dict[str, Any], prompt_tokens: int) -> None:
+    """What was reused out of its context: how much, and what it did to the outputs."""
+    shown.add_section()
+    for name, key in (("reused from the prompt's start alone", "prefix_tokens"), ("found elsewhere", "found_tokens")):
+        shown.add_row(f"tokens {name}", "", f"{found[key]:,}", f"{100 * found[key] / max(1, prompt_tokens):.1f}%")
+    different = found["tokens_different"]
+    shown.add_row(
+        f"{found['turns']} turns with such: output tokens",
+        f"{found['tokens_compared']:,}",
+        f"[yellow]{different:,} differ[/]" if different else "equal",
+        f"{found['divergence']:.2g} nats a token",
+    )

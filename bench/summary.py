@@ -36,7 +36,8 @@ def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, A
         "prompt_tokens": sum(row.prompt_tokens for row in rows),
         "cached_tokens": sum(row.cached_tokens for row in rows),
         "tokens_by_tier": tokens_by_tier(rows),
-        **verdict(rows, replay.tokens),
+        **verdict([row for row in rows if row.exact], replay.tokens),
+        "discovery": discovery(rows, replay.tokens) if replay.discover else None,
         "ttft_seconds": {
             "recompute": spread(row.ttft_recompute for row in rows),
             "reuse": spread(row.ttft_reuse for row in rows),
@@ -80,6 +81,20 @@ def verdict(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
         "ties": ties,
         "max_logit_difference": max((row.logit_difference for row in rows), default=0.0),
         "logit_noise": noise,
+    }
+
+
+def discovery(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
+    """What looking for runs anywhere brought, and how far its outputs are from a recompute's."""
+    apart = [row for row in rows if not row.exact]
+    return {
+        "prefix_tokens": sum(row.prefix_tokens for row in rows),
+        "found_tokens": sum(row.cached_tokens - row.prefix_tokens for row in rows),
+        "turns": len(apart),
+        "tokens_compared": tokens * len(apart),
+        "tokens_different": sum(len(row.gaps) for row in apart),
+        "max_logit_difference": max((row.logit_difference for row in apart), default=0.0),
+        "divergence": sum(row.divergence for row in apart) / max(1, len(apart)),
     }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvstore.composition import Chain, Composition, Open, Part, Placement, Text, Walk
+from kvstore.composition import Chain, Composition, Part, Placement, Text
 from kvstore.keys import TOKEN_BYTES, Namespace
 from kvstore.layout import Layout
 from kvstore.match import Match
 from kvstore.store import Store
+from kvstore.walk import Walk
 
 
 @dataclass
@@ -103,7 +104,6 @@ class _Assembler:
         self._composition, self._apart = composition, apart
         self._walk = Walk(composition.mark)
         self._column = 0  # where the open chain's first token stands
-        self._whole = True  # all placements so far are what they say, so declared chains hold
 
     def runs(self) -> Iterator[Run]:
         """The runs, in order."""
@@ -111,42 +111,30 @@ class _Assembler:
         for column, part in self._composition.columns():
             if isinstance(part, Text):
                 yield from self._text(column, part)
-                self._whole = self._whole and part.behind is not None
                 continue
             done = 0
-            if self._here(part) is None and self._apart:
+            if self._apart and not self._is_next(part):
                 match = self._elsewhere(column, part, total)
                 if match is not None:
                     yield from self._closed(False)
                     done = match.tokens - part.start
                     placed = Placement(part.chain, part.start, match.tokens, part.position)
                     self._walk.place(placed)
-                    chain = Chain(part.chain.token_ids[: match.tokens * TOKEN_BYTES], part.chain.context)
-                    yield Run(chain, part.start, column, part.position, match, modular=True)
+                    yield Run(part.chain.upto(match.tokens), part.start, column, part.position, match, modular=True)
             if done < len(part):
-                self._whole = self._whole and self._here(part) is not None
                 rest = Text(part.token_ids[done * TOKEN_BYTES :], part.position + done)
                 yield from self._text(column + done, rest)
         yield from self._closed(True)
 
-    def _here(self, part: Placement) -> Open | None:
-        """The open chain, if the part is where it goes on; at the very start, the empty one."""
-        walk = self._walk
-        if walk.open is None and not walk.before and part.position == 0:
-            return Open((), b"", 0) if Open((), b"", 0).goes_on_with(part) else None
-        return walk.open if walk.open is not None and walk.open.goes_on_with(part) else None
+    def _is_next(self, part: Placement) -> bool:
+        """Whether the part is what goes on here anyway: this very chain, in this very context."""
+        return self._walk.at(part.position).goes_on_with(part)
 
     def _text(self, column: int, part: Text) -> Iterator[Run]:
         before = self._walk.open
-        declared = part.behind if self._whole else None
-        goes_on = before is not None and before.end == part.position
-        if declared is not None and not (goes_on and before is not None and before.chain == declared):
+        if before is not None and before.end != part.position:
             yield from self._closed(False)
-            here = self._walk.go_on(declared, part.position)
-        else:
-            if not goes_on:
-                yield from self._closed(False)
-            here = self._walk.start(part.position)
+        here = self._walk.start(part.position)
         if here is not before:
             self._column = column
         here.token_ids += part.token_ids
@@ -157,34 +145,27 @@ class _Assembler:
         if here is None:
             return
         chain = here.chain
-        match = self._match(chain, here.first, whole=not last)
+        match = self._match(chain, 0, whole=not last)
         self._walk.close()
-        yield Run(chain, here.first, self._column, here.position + here.first, match)
+        yield Run(chain, 0, self._column, here.position, match)
 
     def _elsewhere(self, column: int, part: Placement, total: int) -> Match | None:
         """What is stored of a part that was encoded apart, if that is more than what goes on in this context."""
         end = column + len(part) == total
-        tokens = part.chain.token_ids[: (part.stop - end) * TOKEN_BYTES]
-        found = self._match(Chain(tokens, part.chain.context), part.start, whole=True)
+        found = self._match(part.chain.upto(part.stop - end), part.start, whole=True)
         if found.tokens - part.start > self._covered(part):
             return found
         found.release()
         return None
 
     def _covered(self, part: Part) -> int:
-        """How many tokens of a part are stored as going on the open chain."""
-        here = self._walk.open
-        if here is None or here.end != part.position:
-            if here is not None or self._walk.before or part.position:
-                return 0
-            here = Open((), b"", 0)
+        """How many tokens of a part are stored as computed right here."""
+        here = self._walk.at(part.position)
         start = len(here.chain)
         match = self._match(Chain(here.token_ids + part.token_ids, here.context), start, whole=True)
         match.release()
         return max(0, match.tokens - start)
 
     def _match(self, chain: Chain, first: int, whole: bool) -> Match:
-        context = chain.items(self._namespace)
-        return self._store.match(
-            self._namespace, self._layout, chain.token_ids, context=context, first=first, whole=whole
-        )
+        root = chain.context.root(self._namespace)
+        return self._store.match(self._namespace, self._layout, chain.token_ids, root=root, first=first, whole=whole)

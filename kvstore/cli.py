@@ -43,6 +43,9 @@ Nothing is downloaded and nothing is written unless you say so:
 
 * `kvstore replay chats.json --host 16MiB --dir cache` makes memory scarce, so that the disk has to serve;
 
+* `kvstore replay chats.json --discover 64` also reuses what stands anywhere, out of its context: an approximation, and
+  the table says how far its outputs are from a recompute's;
+
 * `kvstore replay chats.json --model tiny:fusedkv` takes a model that stores half of its layers (or another layer plan);
 
 * `kvstore replay chats.json --model ./my-model` takes your own model and its chat template, in float32.
@@ -71,6 +74,9 @@ def replay(
     dir: Annotated[Path | None, typer.Option(help="Where the disk tier lives; without it there is none.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model says in each turn.")] = 8,
     interleave: Annotated[bool, typer.Option(help="In rounds over all conversations, one turn of each.")] = False,
+    discover: Annotated[
+        int, typer.Option(min=0, help="Also reuse runs of N tokens from anywhere; 0: do not look.")
+    ] = 0,
     block_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one hash id of a trace stands for.")] = 512,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all measurements here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page here.")] = None,
@@ -93,9 +99,10 @@ def replay(
         "disk": disk if dir else "none",
         "interleave": interleave,
         "tokens": tokens,
+        "discover": discover,
     }
     with kvstore.open(dir, host=host, disk=disk) as store:
-        run = Replay(subject, store, Reuse(subject.model, store), tokens, interleave)
+        run = Replay(subject, store, Reuse(subject.model, store), tokens, interleave, discover)
         _watch(run, chosen)
         store.flush()
         result = summary.summarize(run, log.name, settings)

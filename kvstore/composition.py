@@ -12,47 +12,88 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 
 from kvstore.errors import BadInput
-from kvstore.keys import TOKEN_BYTES, Namespace, mark_item, placement_item, root_key, token_bytes
+from kvstore.keys import (
+    KEY_BYTES,
+    TOKEN_BYTES,
+    Namespace,
+    chain_digest,
+    mark_item,
+    placement_item,
+    root_key,
+    token_bytes,
+)
 
-MAX_DEPTH = 64  # contexts within contexts
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the tokens of a chain see before them. Equal contexts have equal digests, and are compared by them.
+
+    ``parts``: placements whose positions count from the chain's first token (so they are below 0), and marks: words for
+    what else its bytes depend on. ``known``: instead, the root key of a chain that was found in a store.
+    """
+
+    parts: tuple[Placement | str, ...] = ()
+    known: bytes = b""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes, or none of an empty context."""
+        if self.known or not self.parts:
+            return self.known
+        hashed = blake2b(digest_size=KEY_BYTES)
+        for part in self.parts:
+            hashed.update(mark_item(part) if isinstance(part, str) else part.item)
+        return hashed.digest()
+
+    def root(self, namespace: Namespace) -> bytes:
+        """The key that blocks behind it start from."""
+        if self.known:
+            return self.known
+        return root_key(namespace, [self.digest]) if self.parts else namespace.root
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Context) or len(self.parts) != len(other.parts):
+            return False
+        return self is other or self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return int.from_bytes(self.digest[:8], "little")
+
+
+NOTHING = Context()
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Tokens at consecutive positions, and what they see before them.
-
-    ``context``: placements whose positions count from the chain's first token (so they are below 0), and marks: words
-    for what else the chain's bytes depend on. Hashable; equal chains have equal keys.
-    """
+    """Tokens at consecutive positions, and what they see before them."""
 
     token_ids: bytes  # little-endian uint32, as ``keys.token_bytes`` gives them
-    context: tuple[Placement | str, ...] = ()
+    context: Context = NOTHING
+    _digests: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)  # by number of tokens
 
     @classmethod
     def of(cls, token_ids: object, context: Iterable[Placement | str] = ()) -> Chain:
         """From a list of ints or an integer buffer. Raises ``BadInput`` for what is no token id."""
-        return cls(token_bytes(token_ids), tuple(context))
+        parts = tuple(context)
+        return cls(token_bytes(token_ids), Context(parts) if parts else NOTHING)
 
     def __len__(self) -> int:
         return len(self.token_ids) // TOKEN_BYTES
 
-    def items(self, namespace: Namespace, depth: int = 0) -> list[bytes]:
-        """The context as the store's calls take it. Raises ``BadInput`` for contexts nested too deeply."""
-        if depth > MAX_DEPTH:
-            raise BadInput(f"contexts are nested more than {MAX_DEPTH} deep; encode the parts in one piece")
-        items = []
-        for part in self.context:
-            if isinstance(part, str):
-                items.append(mark_item(part))
-                continue
-            root = root_key(namespace, part.chain.items(namespace, depth + 1))
-            tokens = part.chain.token_ids[: part.stop * TOKEN_BYTES]
-            items.append(placement_item(namespace, root, tokens, part.start, part.position))
-        return items
+    def digest(self, tokens: int) -> bytes:
+        """32 bytes over its first ``tokens`` and their context."""
+        if tokens not in self._digests:
+            self._digests[tokens] = chain_digest(self.context.digest, self.token_ids[: tokens * TOKEN_BYTES])
+        return self._digests[tokens]
+
+    def upto(self, tokens: int) -> Chain:
+        """Its first ``tokens``."""
+        return Chain(self.token_ids[: tokens * TOKEN_BYTES], self.context)
 
 
 @dataclass(frozen=True)
@@ -72,6 +113,11 @@ class Placement:
         return self.stop - self.start
 
     @property
+    def item(self) -> bytes:
+        """As contexts are made of it."""
+        return placement_item(self.chain.digest(self.stop), self.start, self.position)
+
+    @property
     def token_ids(self) -> bytes:
         """The tokens that are placed."""
         return self.chain.token_ids[self.start * TOKEN_BYTES : self.stop * TOKEN_BYTES]
@@ -83,22 +129,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens that are computed where they stand, behind all that comes before them.
-
-    ``behind``: the chain that they go on, if that is not simply what comes before them here: when a conversation has
-    outgrown its context, its chain still holds what was dropped.
-    """
+    """Tokens that are computed where they stand, behind all that comes before them."""
 
     token_ids: bytes
     position: int
-    behind: Chain | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids) // TOKEN_BYTES
 
     def moved(self, by: int) -> Text:
         """The same, ``by`` positions further on."""
-        return Text(self.token_ids, self.position + by, self.behind)
+        return Text(self.token_ids, self.position + by)
 
 
 Part = Placement | Text
@@ -169,90 +210,3 @@ class Composition:
                 parts.append(Text(tokens, position))
             position += len(tokens) // TOKEN_BYTES
         return cls(tuple(parts))
-
-
-@dataclass
-class Open:
-    """The chain that goes on where a prompt has come to: everything behind ``context`` was computed in one piece."""
-
-    context: tuple[Placement | str, ...]
-    token_ids: bytes
-    position: int  # of its first token, were it here
-    first: int = 0  # token that stands in the prompt
-
-    @property
-    def end(self) -> int:
-        """The position behind its last token."""
-        return self.position + len(self.token_ids) // TOKEN_BYTES
-
-    def goes_on_with(self, part: Placement) -> bool:
-        """Whether a placed chain is this very chain, and the part stands where it goes on."""
-        return (
-            part.position == self.end
-            and part.chain.context == self.context
-            and part.chain.token_ids[: part.start * TOKEN_BYTES] == self.token_ids
-        )
-
-    @property
-    def chain(self) -> Chain:
-        """As far as it has come."""
-        return Chain(self.token_ids, self.context)
-
-
-class Walk:
-    """Goes through a prompt part by part, and knows the chain of whatever is computed next."""
-
-    def __init__(self, mark: str = "") -> None:
-        self.mark = mark
-        self.before: list[Placement] = []  # what stands in the prompt so far, but for ``open``
-        self.open: Open | None = None
-        self.modular = False  # something in ``before`` was not computed in this prompt
-
-    def start(self, position: int) -> Open:
-        """The chain of a text at ``position``: the open one, or one behind all that stands there."""
-        if self.open is None or self.open.end != position:
-            self.close()
-            context: list[Placement | str] = [placed.moved(-position) for placed in self.before]
-            if not context and position:
-                context.append(f"from {position}")  # what starts elsewhere has other bits
-            if self.modular and self.mark:
-                context.append(self.mark)
-            self.open = Open(tuple(context), b"", position)
-        return self.open
-
-    def go_on(self, chain: Chain, position: int) -> Open:
-        """What comes at ``position`` goes on a chain that was computed elsewhere, and whose end stands here."""
-        self.close()
-        self.open = Open(chain.context, chain.token_ids, position - len(chain), len(chain))
-        return self.open
-
-    def close(self) -> None:
-        """The open chain ends here."""
-        if self.open is not None:
-            chain, first = self.open.chain, self.open.first
-            if first < len(chain):
-                self.before.append(Placement(chain, first, len(chain), self.open.position + first))
-        self.open = None
-
-    def place(self, part: Placement) -> None:
-        """A part of a chain that was computed elsewhere stands here."""
-        self.close()
-        self.before.append(part)
-        self.modular = True
-
-
-def chains_of(composition: Composition) -> list[Placement]:
-    """Of a composition that is computed whole, each part as a placement of the chain that it becomes.
-
-    Texts one behind the other are one chain; a gap begins another, whose context is all that came before. The first
-    part's position counts as 0. Raises ``BadInput`` for parts that are placements.
-    """
-    walk, placed = Walk(), []
-    for part in composition.parts:
-        if not isinstance(part, Text):
-            raise BadInput("only texts are computed; a placement is stored already")
-        open_chain = walk.start(part.position - composition.parts[0].position)
-        start = len(open_chain.token_ids) // TOKEN_BYTES
-        open_chain.token_ids += part.token_ids
-        placed.append(Placement(open_chain.chain, start, start + len(part), part.position))
-    return placed

@@ -33,6 +33,7 @@ TAG_TOKENS = b"i"
 TAG_EXTRA = b"x"
 TAG_NAME = b"n"
 TAG_VALUE = b"v"
+TAG_CHAIN = b"h"
 TAG_START = b"s"
 TAG_OFFSET = b"o"
 TAG_MARK = b"m"
@@ -130,19 +131,18 @@ def root_key(namespace: Namespace, context: Sequence[bytes] = ()) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES, key=namespace.digest).digest()
 
 
-def placement_item(namespace: Namespace, root: bytes, tokens: bytes, start: int, offset: int) -> bytes:
+def chain_digest(context: bytes, tokens: bytes) -> bytes:
+    """Digest of a chain up to some token, in no namespace: of its context's digest (empty: no context) and tokens."""
+    return blake2b(encode([(TAG_CONTEXT, context), (TAG_TOKENS, tokens)]), digest_size=KEY_BYTES).digest()
+
+
+def placement_item(chain: bytes, start: int, offset: int) -> bytes:
     """Context item for a part of another chain.
 
-    ``root`` and ``tokens`` say which chain, up to the end of the part; ``start``: its first token; ``offset``: the
-    position of that, counted from the first token of the chain whose context it is.
+    ``chain``: digest of it up to the end of the part; ``start``: its first token; ``offset``: the position of that,
+    counted from the first token of the chain whose context it is.
     """
-    data = [
-        (TAG_ROOT, root),
-        (TAG_TOKENS, tokens),
-        (TAG_START, _NUMBER.pack(start)),
-        (TAG_OFFSET, _NUMBER.pack(offset)),
-    ]
-    return blake2b(encode(data), digest_size=KEY_BYTES, key=namespace.digest).digest()
+    return encode([(TAG_CHAIN, chain), (TAG_START, _NUMBER.pack(start)), (TAG_OFFSET, _NUMBER.pack(offset))])
 
 
 def mark_item(mark: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections import deque
 from collections.abc import Mapping
 
 from kvstore.block import address_of, copy_checked
@@ -102,6 +103,7 @@ class Saver:
     def __init__(self, residency: Residency, writer: Writer) -> None:
         self._residency = residency
         self._writer = writer
+        self.listeners: list[deque[int]] = []  # are told the numbers of new blocks; guarded by residency.lock
 
     def check(self, layout: Layout, drafts: Mapping[int, Draft]) -> None:
         """``BadInput`` where a draft is not the caller's to give, or not of this layout."""
@@ -132,8 +134,7 @@ class Saver:
         (keys, pieces), residency = _keys(namespace, root, layout, tokens), self._residency
         now = residency.wall()
         expires = now + ttl if ttl is not None else 0.0
-        chain: list[int] = []
-        new: list[int] = []
+        chain, new = list[int](), list[int]()
         visible = fresh = 0
         whole = layout.block_tokens * TOKEN_BYTES
         with residency.lock:
@@ -166,13 +167,19 @@ class Saver:
             residency.host_policy.touch(chain)
             residency.disk_policy.touch(chain)
             sequences = [(n, index.sequence[n], len(p) // TOKEN_BYTES) for n, p in zip(chain, pieces, strict=False)]
-            for number in new if residency.disk is not None else ():
-                if index.count[number] == layout.block_tokens:
-                    self._writer.enqueue(number)
+            self._tell(new, layout)
         for draft in drafts.values():
             draft.discard()
         residency.counters.add("saved_tokens", fresh)
         return Saved(self._writer, sequences, new, visible, fresh)
+
+    def _tell(self, new: list[int], layout: Layout) -> None:
+        """New blocks are there: full ones go to disk. Locked."""
+        for listener in self.listeners:
+            listener.extend(new)
+        for number in new if self._residency.disk is not None else ():
+            if self._residency.index.count[number] == layout.block_tokens:
+                self._writer.enqueue(number)
 
     def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
         """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvstore.census import census
+from kvstore.composition import Composition
+from kvstore.discovery import Discoveries
 from kvstore.erasure import Eraser, Receipt
 from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
 from kvstore.families import NONE
 from kvstore.hot import Hot
-from kvstore.keys import TOKEN_BYTES, Namespace, root_key, token_bytes
+from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
 from kvstore.known import Known
 from kvstore.layout import Layout
 from kvstore.lease import Lease
@@ -37,10 +39,9 @@ CLOSE_SECONDS = 30.0
 
 
 class Store:
-    """One cache. Every method may be called from any thread; none but ``close``, ``flush`` and ``wait`` blocks on I/O.
+    """One cache, made by ``kvstore.open``; a context manager.
 
-    Made by ``kvstore.open``; a context manager.
-    """
+    Every method may be called from any thread; none but ``close``, ``flush`` and ``wait`` blocks on I/O."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Store:
         self._closed = False
         self._notes: dict[str, str] = {}  # ``remember`` without a disk
         self._known = Known(self._recall, self._remember)
+        self._discoveries = Discoveries(self._residency, self._saver.listeners)
         if disk is not None:
             restore(self._residency, disk)
 
@@ -95,19 +97,19 @@ class Store:
         layout: Layout,
         token_ids: object,
         *,
-        context: Sequence[bytes] = (),
+        root: bytes | None = None,
         first: int = 0,
         whole: bool = False,
     ) -> Match:
         """The longest stored prefix of ``token_ids``, to the token; at least one is left to compute, but if ``whole``.
 
-        ``context``: what the chain was computed behind (``Chain.items``). ``first``: the first token that is wanted;
-        blocks before it are no part of the match. Takes leases on its blocks; moves nothing.
+        ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing.
+        ``first``: the first token that is wanted; blocks before it are left out. Takes leases; moves nothing.
         """
         residency = self._alive()
         tokens = token_bytes(token_ids)
         limit = max(len(tokens) // TOKEN_BYTES - (not whole), 0)
-        root = root_key(namespace, context) if context else namespace.root
+        root = root or namespace.root
         with residency.lock:
             residency.settle()
             now = residency.wall()
@@ -137,12 +139,21 @@ class Store:
         held = tokens[skipped * TOKEN_BYTES : found.tokens * TOKEN_BYTES]
         return Match(layout, blocks, lease, found.tokens, tiers, miss, held, skipped)
 
+    def discover(self, namespace: Namespace, layout: Layout, token_ids: object, minimum: int) -> Composition:
+        """A prompt with every stored run of at least ``minimum`` tokens, wherever it stands, as a placement.
+
+        What is stored of it from its start comes first. The first call looks through all blocks, which takes a while.
+        Raises ``BadInput`` for a minimum that is too small."""
+        tokens = token_bytes(token_ids)
+        match = self.match(namespace, layout, tokens, whole=True)
+        match.release()
+        return self._discoveries.of(namespace, layout, minimum).compose(tokens, match.tokens)
+
     def load(self, match: Match, device: bool = False) -> Load:
         """Starts bringing what was matched to host memory, layer 0 first; the load takes over the match's lease.
 
-        With ``device``, for an engine whose caches are on the device of the device tier: what is there stays there,
-        and the rest gets slots there, as far as there is room, which the caller fills (``Place.slot``).
-        """
+        With ``device``, for an engine whose caches are on the device tier's device: what is there stays there, and the
+        rest gets slots there, as far as there is room, which the caller fills (``Place.slot``)."""
         self._alive()
         return self._loader.load(match, device)
 
@@ -182,7 +193,7 @@ class Store:
         token_ids: object,
         drafts: Mapping[int, Draft],
         *,
-        context: Sequence[bytes] = (),
+        root: bytes | None = None,
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
@@ -191,7 +202,7 @@ class Store:
 
         ``token_ids``: all tokens of the chain whose KV exists. ``drafts``: by block number in the chain; all are taken
         over. A block that is stored already is not stored again; one that is neither stored nor drafted ends the save.
-        ``context``: what the chain was computed behind (``Chain.items``).
+        ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing.
         ``owner``: whom the tokens belong to, for ``forget``. ``ttl``: seconds until they are no longer served.
         """
         self._alive()
@@ -200,8 +211,7 @@ class Store:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
         self._saver.check(layout, drafts)
         self._known.add(namespace)
-        root = root_key(namespace, context) if context else namespace.root
-        return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, writer)
+        return self._saver.save(namespace, root or namespace.root, layout, tokens, drafts, owner, ttl, writer)
 
     # -- deleting ----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from kvstore.keys import (
     Fingerprint,
     Namespace,
     block_key,
+    chain_digest,
     common_tokens,
     encode,
     mark_item,
@@ -48,9 +49,10 @@ def vectors() -> list[str]:
             second,
             block_key(SPACE, second, b"", [Extra("image", b"\1" * 32), Extra("tenant", b"x")]),
             Fingerprint({}).digest,
-            placement_item(SPACE, SPACE.root, token_bytes(range(9)), 2, -7),
+            chain_digest(b"", token_bytes(range(9))),
+            placement_item(chain_digest(b"", token_bytes(range(9))), 2, -7),
             mark_item("blend 0.15"),
-            root_key(SPACE, CHAIN.items(SPACE)),
+            CHAIN.context.root(SPACE),
         )
     ]
 
@@ -67,9 +69,10 @@ GOLDEN = [
     "3d98a008eb9f98581784b711ec7aa051f84e5405c38ce6a73d4d4dcc3f528827",
     "2d11604892c10a2b2f3e23d95862891f2ec7a34285d96dae56381e989005f4bd",
     "273dd0b0bdd817f55041f8c2cee98febc5e755a8c5d9fd70c35f812fcd8d64bb",
-    "ec1780990ce1c4ba5ff74e5bd7e2f2d8bb96598b2ca25b454c6db6cc00b17878",
+    "b9f347da87f6acf9790c03c2bd228e13fd6135b50fb3951a3ba9fddfde365db0",
+    "682000000000000000b9f347da87f6acf9790c03c2bd228e13fd6135b50fb3951a3ba9fddfde365db073080000000000000002000000000000006f0800000000000000f9ffffffffffffff",
     "6d0a00000000000000626c656e6420302e3135",
-    "6d0a8528b12fff623666d6cbd98447bf1fa9a18d93a95b2c0b56911f30c6766f",
+    "6d3d7f4ab3588b9ffc2db94a62581cf78a9db539ef3542a3bea26bf74140e6e2",
 ]
 
 

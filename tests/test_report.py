@@ -67,6 +67,7 @@ def result(measured: list[Row], **changed: Any) -> dict[str, Any]:
         "counters": {"saved_tokens": 5},
         "environment": summary.environment(),
         "timeline": None,
+        "discovery": None,
         "rows": [vars(row) for row in measured],
     }
     return found | changed

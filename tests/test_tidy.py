@@ -22,13 +22,14 @@ FLOORS = (
     "errors",
     "keys layout lease files policy metrics counters compiled xxh3 checksum",
     "block plan",
-    "composition tensors",
+    "composition walk tensors",
+    "pml",
     "tiers policies families",
     "index mover eviction match",
     "known hot residency",
     "room fetch erasure restore census",
     "writer",
-    "load save",
+    "load save discovery",
     "loader",
     "store",
     "assembly",
@@ -50,16 +51,16 @@ THIRD_PARTY = {
     "tiers": {"lmdb", "msgpack", "xxhash"},
     "tiers.device": {"torch"},
     "adapters": FRAMEWORKS | {"xxhash"},
+    "adapters.kvlink.__main__": FRAMEWORKS | {"rich", "typer"},
     "tensors": FRAMEWORKS | {"llvmlite", "numba", "triton"},
     "cli": {"rich", "typer"},
 }
 # They see no concrete tier or policy, but for host memory, which every byte passes through: the one tier of its kind.
 ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency", "restore", "room", "fetch", "erasure"}
-ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census"}
+ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census", "discovery"}
 PORTS = {"tiers.base", "tiers.host"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
-PUBLIC |= {"plan", "policies", "composition", "assembly"}  # both are pure
-
+PUBLIC |= {"plan", "policies", "composition", "assembly", "walk"}
 BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
 # Top loops of threads and of a long run, which must survive anything: "module:function".

@@ -48,10 +48,10 @@ class _Early(DynamicCache):
         return result
 
 
-def deviating(joined: Joined, composed: Composed, loads: Sequence[Any], share: float) -> list[int]:
+def deviating(joined: Joined, composed: Composed, loads: Sequence[Any], share: float) -> list[int] | None:
     """The columns, a ``share`` of those that modules fill, which this prompt changes most at layer ``SLOT``.
 
-    Waits for that layer; none are chosen when it cannot be had.
+    Waits for that layer; None when it cannot be had.
     """
     candidates = [
         column for run in composed.assembly.runs if run.modular for column in range(run.column, run.column + run.cached)
@@ -66,7 +66,7 @@ def deviating(joined: Joined, composed: Composed, loads: Sequence[Any], share: f
         loads, [composed.spans()], composed.total, attached.specs, attached.rotations, attached.dtype, joined.carrier
     )
     if not gather.wait(SLOT, timeout=joined.patience):
-        return []
+        return None
     stop = candidates[-1] + 1
     fresh = spec.exchanged(*_early(joined, composed, stop))
     brought = gather.layer(SLOT, (0,), 0, stop, 0)

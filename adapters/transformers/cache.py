@@ -17,6 +17,7 @@ from kvstore.adapters.transformers.composed import Scattered
 from kvstore.adapters.transformers.layers import layer_for
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.adapters.transformers.timeline import Timeline
 from kvstore.errors import BadInput
 from kvstore.plan import LayerPlan
 
@@ -55,6 +56,11 @@ class ReuseCache(DynamicCache):
         # A dropped cache must not keep leases or private blocks; neither refers back to it.
         self._drop = weakref.finalize(self, _drop, loaded, recorder)
         self._drop.atexit = False
+
+    @property
+    def timeline(self) -> Timeline:
+        """When each layer was fetched, loaded and computed."""
+        return self.loaded.timeline
 
     # -- the forward pass ---------------------------------------------------------------------------------------------
 

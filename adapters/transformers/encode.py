@@ -12,10 +12,11 @@ from kvstore.adapters.transformers.attach import undisturbed
 from kvstore.adapters.transformers.composed import Composed
 from kvstore.adapters.transformers.hit import SavedTurn
 from kvstore.adapters.transformers.joined import Joined
-from kvstore.composition import Chain, Composition, Text, chains_of
+from kvstore.composition import Chain, Composition, Text
 from kvstore.errors import BadInput
 from kvstore.keys import Namespace
 from kvstore.match import Match
+from kvstore.walk import chains_of
 
 TIERS = ("host", "disk")  # where what was encoded can be pinned
 
@@ -92,10 +93,8 @@ def _stored(joined: Joined, namespace: Namespace, composition: Composition) -> l
     matches = []
     for placed in chains_of(composition):
         chain = placed.chain
-        context = chain.items(namespace)
-        match = joined.store.match(
-            namespace, joined.layout, chain.token_ids, context=context, first=placed.start, whole=True
-        )
+        root = chain.context.root(namespace)
+        match = joined.store.match(namespace, joined.layout, chain.token_ids, root=root, first=placed.start, whole=True)
         if match.tokens < len(chain):
             return None
         matches.append(match)

@@ -11,23 +11,31 @@ import torch
 from kvstore.adapters.transformers.batch import Plan
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.timeline import Span
+from kvstore.adapters.transformers.window import WindowCache
 
 
 @dataclass(frozen=True)
 class Hit:
     """A prompt with what was cached of it. For a batch, the results are lists, one item per row."""
 
-    cache: ReuseCache
+    cache: ReuseCache | WindowCache
     cached_tokens: int | list[int]
     miss: Any  # why it ended there; ``str`` gives the sentence, ``kind`` and ``field`` what to act on
     cached_by_tier: dict[str, int]
     plan: Plan
     exact: bool = True  # nothing is reused out of the context that it was computed in
+    prefix: int | None = None  # of a composed prompt, the tokens that are cached from its start on, in their context
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens from the first on are cached exactly: all of them, but in a composed prompt."""
+        assert isinstance(self.cached_tokens, int)  # one prompt, not a batch
+        return self.cached_tokens if self.prefix is None else self.prefix
 
     @property
     def timeline(self) -> list[Span]:
         """When each layer was fetched, loaded and computed, as far as it has been."""
-        return self.cache.loaded.timeline.spans()
+        return self.cache.timeline.spans()
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from kvstore.adapters.transformers.reopen import reopen
 from kvstore.adapters.transformers.row import Row, Seat
 from kvstore.adapters.transformers.staging import Staging
 from kvstore.adapters.transformers.watch import Stamp
+from kvstore.adapters.transformers.window import WindowCache
 from kvstore.assembly import Assembly, Run, assemble
 from kvstore.composition import Composition
 from kvstore.errors import StoreClosed
@@ -106,7 +107,7 @@ class Joined:
         plan = lay_out(prompts, columns, tokens, self.attached.specs[0].device)
         held = plan.mask[:, : plan.columns].to("cpu", torch.bool)
         rows = [
-            self._row(ids[:count], Seat(source=place))
+            self.row(ids[:count], Seat(source=place))
             for place, (ids, count) in enumerate(zip(prompts.rows, plan.tokens, strict=True))
         ]
         recorder = Recorder(rows, held, self.attached.rotations, self.attached.dtype, self.windows)
@@ -158,7 +159,9 @@ class Joined:
         cache = self._cache(loads, [composed.spans()], plan, recorder, stamp, tenant, composed)
         unfinished = (run.match.miss for run in assembly.runs if run.cached < len(run.chain) - run.first)
         cached = composed.total - len(composed.computed)
-        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact)
+        first = assembly.runs[0]
+        prefix = 0 if first.modular else first.cached
+        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact, prefix)
 
     def _cache(
         self,
@@ -192,7 +195,9 @@ class Joined:
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
-    def _row(self, ids: Sequence[int], seat: Seat) -> Row:
+    def row(self, ids: Sequence[int], seat: Seat) -> Row:
+        """What records a chain of which ``ids`` are stored."""
+
         def new_draft() -> Draft | None:
             try:
                 return self.store.draft(self.layout)
@@ -209,7 +214,7 @@ class Joined:
         for source, run in enumerate(composed.assembly.runs):
             first, count = composed.takes(run)
             if count:
-                takes.append((self._row(*_seated(run, source, ids, namespace)), first, count))
+                takes.append((self.row(*_seated(run, source, ids, namespace)), first, count))
         opening = Opening([ids[column] for column in composed.computed], takes)
         known = torch.ones((1, composed.total - len(composed.computed)), dtype=torch.bool)
         tail, attached = takes[-1][0], self.attached
@@ -219,7 +224,7 @@ class Joined:
 
     def save(
         self,
-        cache: ReuseCache,
+        cache: ReuseCache | WindowCache,
         namespace: Namespace,
         owner: str,
         ttl: float | None,
@@ -239,10 +244,8 @@ class Joined:
         """Publish what was recorded of the first ``tokens`` of a chain."""
         drafts, whole, ongoing = row.take(tokens), tokens == len(row.ids), row.ended is None
         row.end("it was saved")
-        context = row.seat.context
-        saved = self.store.save(
-            namespace, self.layout, row.ids[:tokens], drafts, context=context, owner=owner, ttl=ttl, writer=WRITER
-        )
+        root, ids = row.seat.root, row.ids[:tokens]
+        saved = self.store.save(namespace, self.layout, ids, drafts, root=root, owner=owner, ttl=ttl, writer=WRITER)
         if whole and ongoing and saved.tokens == tokens:
             specs, dtype = self.attached.specs, self.attached.dtype
             row.reopen = lambda: reopen(row, self.store, namespace, self.layout, specs, dtype, self.patience)
@@ -259,8 +262,8 @@ def empty(joined: Joined, prompts: Prompts, tenant: str, reason: str) -> Hit:
 def _seated(run: Run, source: int, ids: Sequence[int], namespace: Namespace) -> tuple[list[int], Seat]:
     """What is stored of a run's chain, and where it stands."""
     tokens = array("I", run.chain.token_ids).tolist()[: run.first + run.cached]
-    context = tuple(run.chain.items(namespace))
-    return tokens, Seat(ids[: run.column], run.first, run.position, context, source, run.match.skipped)
+    root = run.chain.context.root(namespace)
+    return tokens, Seat(ids[: run.column], run.first, run.position, root, source, run.match.skipped)
 
 
 def _count(tiers: dict[str, int], load: Load | None, tokens: int) -> None:

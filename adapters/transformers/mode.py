@@ -48,7 +48,10 @@ def compose(
     assembly, loads = joined.assembled(Namespace(fingerprint, tenant), composition, mode != EXACT)
     composed = Composed(assembly)
     if mode == BLEND and not assembly.exact:
-        composed = Composed(assembly, deviating(joined, composed, loads, share))
+        chosen = deviating(joined, composed, loads, share)
+        if chosen is None:  # what follows must not pass for what follows a blend
+            changed = "the layer that shows what to blend could not be loaded in time, so modules were used as they are"
+        composed = Composed(assembly, chosen or ())
     return joined.composed(composed, loads, tenant, joined.stamp if changed is None else changed)
 
 

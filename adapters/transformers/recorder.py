@@ -79,7 +79,7 @@ class Recorder:
         past, new = self._columns.shape[1], ids.shape[1]
         if mask is not None and mask.shape[1] != past + new:
             return self.end_all(f"the attention mask has {mask.shape[1]} columns for {past + new} tokens")
-        live = [index for index, row in enumerate(self.rows) if row.ended is None or self._reopened(row)]
+        live = [index for index, row in enumerate(self.rows) if row.ended is None or self.reopened(row)]
         fresh = torch.ones((len(self.rows), new), dtype=torch.bool)
         for index in live:
             places = [place for place, row in enumerate(self.places) if row == index]
@@ -114,7 +114,7 @@ class Recorder:
         self._fresh = torch.ones((1, len(opening.ids)), dtype=torch.bool)
 
     @staticmethod
-    def _reopened(row: Row) -> bool:
+    def reopened(row: Row) -> bool:
         """Whether a row that was saved can go on: the same cache is used for the next turn."""
         reopen, row.reopen = row.reopen, None
         return reopen is not None and reopen()

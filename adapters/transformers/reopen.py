@@ -28,7 +28,7 @@ def reopen(
     block, tokens = row.tail()
     try:
         first = row.base - tokens
-        match = store.match(namespace, layout, row.ids, context=row.seat.context, first=first, whole=True)
+        match = store.match(namespace, layout, row.ids, root=row.seat.root, first=first, whole=True)
         if match.tokens < row.base:
             match.release()
             return False

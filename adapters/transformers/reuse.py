@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +16,19 @@ from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.encode import Encoded, encode, encodings
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
 from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn, sequences_of
+from kvstore.adapters.transformers.hook import hook
 from kvstore.adapters.transformers.joined import Joined, empty
-from kvstore.adapters.transformers.mode import MODULAR, RECOMPUTED, asked_for, compose
+from kvstore.adapters.transformers.mode import EXACT, MODULAR, RECOMPUTED, asked_for, compose
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.staging import staging_on
+from kvstore.adapters.transformers.window import WindowCache
+from kvstore.adapters.transformers.windowed import Windowed
 from kvstore.composition import Composition
 from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import BLOCK_TOKENS, Layout
 from kvstore.plan import LayerPlan
+from kvstore.policies.overflow import Window
 from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
 
@@ -59,7 +62,7 @@ class Reuse:
         capture.install(self._decoder, self)
         self._joined: Joined
         self.refresh()
-        self._hook()
+        hook(self._decoder, self)
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -118,37 +121,6 @@ class Reuse:
     def _padding(self) -> int | None:
         return generating.padding(self._base, self._config)
 
-    def _hook(self) -> None:
-        """Listen to the decoder's forward passes that use a cache of ours."""
-        mine = weakref.ref(self)
-        names = [name for name in inspect.signature(self._decoder.forward).parameters if name != "kwargs"]
-
-        def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ReuseCache | None:
-            cache = kwargs.get("past_key_values") or next((arg for arg in args if isinstance(arg, ReuseCache)), None)
-            return cache if isinstance(cache, ReuseCache) and cache.owner() is mine() else None
-
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = cache_of(args, kwargs)
-            if cache is None:
-                return None
-            if args:  # by name from here on
-                kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, args[len(names) :]
-            kwargs = cache.arranged(kwargs)
-            cache.begin(kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("position_ids"))
-            return args, kwargs
-
-        def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-            cache = cache_of(args, kwargs)
-            if cache is not None:
-                cache.finish()
-
-        handles = [
-            self._decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self._decoder.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
-        for handle in handles:
-            weakref.finalize(self, handle.remove).atexit = False
-
     def _changed(self) -> str | None:
         difference = watch.difference(self._joined.stamp, watch.sweep(self._base))
         if difference is None:
@@ -166,6 +138,8 @@ class Reuse:
         segments: Sequence[Any] | None = None,
         mode: str | None = None,
         recompute: float = RECOMPUTED,
+        discover: int = 0,
+        overflow: Window | None = None,
     ) -> Hit:
         """Find what is cached of a prompt or a batch, and start bringing it.
 
@@ -173,10 +147,12 @@ class Reuse:
         the last may have been encoded apart. ``mode``: "exact" reuses only what was computed in this very context;
         "modular" also what was encoded apart, as it is; "blend" computes the share ``recompute`` of that anew, where it
         is furthest from what this prompt makes of it. Compositions and segments are "modular" unless told otherwise.
+        ``discover``: also take runs of at least so many tokens that are stored anywhere (0: do not look; one prompt).
+        ``overflow``: what stays when a conversation outgrows its context; give its whole history, every time.
         """
-        composition = asked_for(input_ids, segments, mode)
+        composition = self._asked_for(input_ids, attention_mask, tenant, segments, mode, discover, overflow)
         if composition is None:
-            return self._load(self._read(input_ids, attention_mask), tenant, by_columns=False)
+            return self._load(self._read(input_ids, attention_mask), tenant, False, overflow)
         return self._compose(composition, tenant, mode or MODULAR, recompute)
 
     def save(self, out: Any, cache: Any, tenant: str = "", owner: str = "", ttl: float | None = None) -> SavedTurn:
@@ -185,7 +161,7 @@ class Reuse:
         ``out``: all token ids of each row, prompt first, as ``generate`` returns them. Refuses (``BadInput``) ids that
         are not what the model read. The cache may go on to the next turn and be saved again.
         """
-        if not isinstance(cache, ReuseCache) or cache.owner() is not self:
+        if not isinstance(cache, ReuseCache | WindowCache) or cache.recorder is None or cache.owner() is not self:
             raise BadInput("save needs the cache of a hit of this Reuse; pass hit.cache")
         if cache.tenant != tenant:
             raise BadInput(f"this hit was loaded for tenant {cache.tenant!r}, so it cannot be saved for {tenant!r}")
@@ -216,6 +192,8 @@ class Reuse:
         segments: Sequence[Any] | None = None,
         mode: str | None = None,
         recompute: float = RECOMPUTED,
+        discover: int = 0,
+        overflow: Window | None = None,
         tenant: str = "",
         owner: str = "",
         ttl: float | None = None,
@@ -223,14 +201,14 @@ class Reuse:
     ) -> Any:
         """``model.generate`` with reuse: load, generate, save. Takes its arguments and those of ``load``."""
         generating.refuse(kwargs)
-        composition = asked_for(input_ids, segments, mode)
+        composition = self._asked_for(input_ids, attention_mask, tenant, segments, mode, discover, overflow)
         if composition is not None:
             hit = self._compose(composition, tenant, mode or MODULAR, recompute)
             out = self.model.generate(**hit.inputs, **generating.adjust(self.model, kwargs, 0))
             self.save(out, hit.cache, tenant=tenant, owner=owner, ttl=ttl)
             return out
         prompts = self._read(input_ids, attention_mask)
-        hit = self._load(prompts, tenant, by_columns=generating.reads_ids(kwargs))
+        hit = self._load(prompts, tenant, generating.reads_ids(kwargs), overflow)
         width = int(hit.plan.ids.shape[1])
         kwargs = generating.adjust(self.model, kwargs, width - int(prompts.given.shape[1]))
         out = self.model.generate(**hit.inputs, **kwargs)
@@ -261,16 +239,44 @@ class Reuse:
             raise Unsupported(changed)
         return encode(self._joined, encodings(schema, segments), tenant, owner, ttl, pin, progress)
 
+    def window(self, policy: Window) -> WindowCache:
+        """An empty cache of constant size for a conversation that is not stored: for the model, or ``generate``."""
+        return Windowed(self._joined, policy).cache()
+
     # -- how a load is put together -----------------------------------------------------------------------------------
 
     def _read(self, input_ids: Any, attention_mask: Any) -> Prompts:
         return read_prompts(input_ids, attention_mask, self._padding, self._config.vocab_size)
 
-    def _load(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
+    def _load(self, prompts: Prompts, tenant: str, by_columns: bool, overflow: Window | None) -> Hit:
         changed = self._changed()
+        if overflow is not None:
+            return Windowed(self._joined, overflow).hit(prompts, tenant, changed)
         if changed is not None:
             return empty(self._joined, prompts, tenant, changed)
         return self._joined.rows(prompts, tenant, by_columns)
+
+    def _asked_for(
+        self,
+        given: Any,
+        attention_mask: Any,
+        tenant: str,
+        segments: Sequence[Any] | None,
+        mode: str | None,
+        discover: int,
+        overflow: Window | None,
+    ) -> Composition | None:
+        """The composition that a caller means; None: plain token ids."""
+        plain = segments is None and not isinstance(given, Composition) and mode in (None, EXACT) and not discover
+        if overflow is not None and not plain:
+            raise BadInput("overflow is for a history of plain token ids; leave compositions, mode and discover out")
+        if not discover:
+            return asked_for(given, segments, mode)
+        prompts = self._read(given, attention_mask)
+        if segments is not None or len(prompts.rows) > 1:
+            raise BadInput("discover looks through one prompt of token ids at a time")
+        namespace = Namespace(self.fingerprint, tenant)
+        return self.store.discover(namespace, self.layout, prompts.rows[0], discover)
 
     def _compose(self, composition: Composition, tenant: str, mode: str, recompute: float) -> Hit:
         return compose(self._joined, composition, tenant, mode, recompute, self._changed())

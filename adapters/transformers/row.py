@@ -21,7 +21,7 @@ class Seat:
     before: Sequence[int] = ()  # tokens of the prompt that come before it
     first: int = 0  # token of the chain that stands behind them
     position: int = 0  # of that token
-    context: tuple[bytes, ...] = ()  # what the chain was computed behind
+    root: bytes | None = None  # key that the chain starts from; None: it was computed behind nothing
     source: int = 0  # which load has what is stored of it
     skipped: int = 0  # leading tokens whose blocks are no part of that load
 

@@ -22,7 +22,7 @@ from kvstore.bench.micro.limits import Timing
 SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
 ROTATED = "rotated_load"
 MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
-PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "tpot", "plans")
+PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "composed", "tpot", "plans")
 
 
 def main(
@@ -78,13 +78,15 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
     else:
         import torch
 
-        from kvstore.bench.micro import attach, plans, ttft
+        from kvstore.bench.micro import attach, composed, plans, ttft
 
         torch.set_num_threads(os.cpu_count() or 1)
         if part == "attach":
             results |= attach.measure(scratch, min(repeats, 5))
         elif part == "ttft":
             results["ttft"] = ttft.measure(scratch, repeats)
+        elif part == "composed":
+            results["composed"] = composed.measure(scratch, repeats)
         elif part == "plans":
             results["plans"] = plans.measure(repeats)
         else:
@@ -152,6 +154,10 @@ def show(results: dict[str, Any]) -> None:
         from kvstore.bench.micro import plans
 
         console.print(plans.table(results["plans"]))
+    if "composed" in results:
+        from kvstore.bench.micro import composed
+
+        console.print(composed.table(results["composed"]))
     if "tpot" in results:
         row = results["tpot"]
         console.print(

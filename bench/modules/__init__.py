@@ -1,0 +1,1 @@
+"""What prompts made of separately encoded documents lose, and what recomputing or training wins back."""

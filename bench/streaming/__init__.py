@@ -1,0 +1,1 @@
+"""What a cache of constant size costs in perplexity, memory and time."""
