@@ -28,6 +28,10 @@ class Encoder(Protocol):
     def vocabulary(self) -> int:
         """How many ids there are."""
 
+    @property
+    def tokenizer(self) -> Any:
+        """What turns plain text into the same ids: `encode(text)`."""
+
     def encode(self, messages: tuple[Message, ...]) -> list[int]:
         """The ids of a chat, up to where the reply begins."""
 
@@ -54,15 +58,33 @@ def spoken(message: Message) -> str:
     return "\n".join(part for part in (message.content, *calls) if part)
 
 
+class Bytes:
+    """A tokenizer of UTF-8 bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+class Words:
+    """A tokenizer of words, hashed to ids from `first` to below `stop`."""
+
+    def __init__(self, first: int, stop: int) -> None:
+        self._first, self._room = first, stop - first
+
+    def encode(self, text: str) -> list[int]:
+        return [zlib.crc32(word.encode()) % self._room + self._first for word in WORD.findall(text)]
+
+
 class ByteEncoder:
     """UTF-8 bytes between marks: any text, a vocabulary of 261, nothing to download."""
 
     vocabulary = 256 + MARKS
+    tokenizer = Bytes()
 
     def encode(self, messages: tuple[Message, ...]) -> list[int]:
         ids: list[int] = []
         for message in messages:
-            ids += (256 + ROLES.index(message.role), *spoken(message).encode(), 256 + len(ROLES))
+            ids += (256 + ROLES.index(message.role), *self.tokenizer.encode(spoken(message)), 256 + len(ROLES))
         return [*ids, 256 + ROLES.index("assistant")]
 
 
@@ -71,6 +93,7 @@ class WordEncoder:
 
     def __init__(self, vocabulary: int = 4096) -> None:
         self.vocabulary = vocabulary
+        self.tokenizer = Words(MARKS, vocabulary)
         self._ids = lru_cache(maxsize=4096)(self._message_ids)
 
     def encode(self, messages: tuple[Message, ...]) -> list[int]:
@@ -78,9 +101,7 @@ class WordEncoder:
         return [*ids, ROLES.index("assistant")]
 
     def _message_ids(self, message: Message) -> tuple[int, ...]:
-        room = self.vocabulary - MARKS
-        words = (zlib.crc32(word.encode()) % room + MARKS for word in WORD.findall(spoken(message)))
-        return (ROLES.index(message.role), *words, len(ROLES))
+        return (ROLES.index(message.role), *self.tokenizer.encode(spoken(message)), len(ROLES))
 
 
 class TemplateEncoder:

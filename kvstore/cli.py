@@ -59,6 +59,34 @@ because it is no cache or because a running process holds it.
 """
 
 
+PML_HELP = """
+Prompt modules: text that is read once and reused wherever a prompt places it.
+"""
+
+ENCODE_HELP = """
+Compute every module of a schema with a model and keep it in a cache directory, before any prompt comes.
+
+SCHEMA is a file in PML:
+
+    <schema name="trip">
+      <module name="city">The city is <parameter name="name" length="8"/>. </module>
+      <module name="rules">Answer in three lines. </module>
+    </schema>
+
+* `kvstore pml encode trip.xml --model ./my-model --dir cache` stores what is not stored yet; a program that opens
+  `cache` then loads any prompt of this schema without computing its modules;
+
+* `--layout packed` is for prompts without gaps between positions, `--bos` encodes every module behind the tokenizer's
+  beginning-of-sequence token;
+
+* without `--dir` nothing is kept: it shows how many tokens there are, and how long they take.
+"""
+
+
+pml = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help=PML_HELP)
+app.add_typer(pml, name="pml")
+
+
 @app.callback()
 def _kvstore() -> None:
     """Keeps `kvstore replay` a sub-command, however many there are."""
@@ -116,16 +144,46 @@ def replay(
 
 def _watch(run: Replay, conversations: list[Any]) -> None:
     """Runs the replay behind a progress bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TextColumn("turns · {task.fields[share]}"))
-    bar: Progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     prompt = cached = 0
-    with bar:
+    with _bar("replaying", "turns") as bar:
         task = bar.add_task("", total=sum(len(one.turns) for one in conversations), share="")
         for row in run.run(conversations):
             prompt, cached = prompt + row.prompt_tokens, cached + row.cached_tokens
-            bar.update(task, advance=1, share=f"{100 * cached / prompt:.0f}% of tokens reused")
+            bar.update(task, advance=1, share=f"· {100 * cached / prompt:.0f}% of tokens reused")
+
+
+@pml.command(help=ENCODE_HELP)
+def encode(
+    schema: Annotated[Path, typer.Argument(help="A schema in PML.", show_default=False)],
+    model: Annotated[str, typer.Option(help="tiny (bytes), tiny-words, tiny:PLAN, a folder, or a model id.")] = "tiny",
+    dir: Annotated[Path | None, typer.Option(help="Where the disk tier lives; without it nothing is kept.")] = None,
+    host: Annotated[str, typer.Option(help="Size of the host tier.")] = "1GiB",
+    disk: Annotated[str, typer.Option(help="Size of the disk tier, which needs --dir.")] = "8GiB",
+    layout: Annotated[
+        str, typer.Option(help="paper: room that a prompt leaves empty stays; packed: it closes.")
+    ] = "paper",
+    bos: Annotated[bool, typer.Option(help="Encode each module behind the beginning-of-sequence token.")] = False,
+) -> None:
+    with _extras("transformers,bench"):
+        from kvstore.adapters.transformers import Reuse
+        from kvstore.bench import models
+    import kvstore
+    from kvstore.pml import Schema
+
+    subject = models.load(model)
+    tokenizer = subject.encoder.tokenizer
+    first = getattr(tokenizer, "bos_token_id", None)
+    if bos and first is None:
+        raise BadInput(f"the tokenizer of {model} has no beginning-of-sequence token; leave --bos out")
+    parsed = Schema.load(schema, tokenizer=tokenizer, layout=layout, context=[first] if bos else [])
+    with kvstore.open(dir, host=host, disk=disk) as store, _bar("encoding", "tokens") as bar:
+        task = bar.add_task("", total=None, share="")
+        encoded = Reuse(subject.model, store).encode(
+            parsed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+        durable = store.flush() if dir else False
+    where = f"in {dir}" if durable else "nowhere: give --dir to keep them"
+    print(f"{parsed.name}: {encoded.tokens:,} tokens of modules, {encoded.new_tokens:,} computed now; stored {where}")
 
 
 @app.command(help=VERIFY_HELP)
@@ -147,6 +205,14 @@ def verify(
     )
     if problems:
         raise typer.Exit(1)
+
+
+def _bar(work: str, unit: str) -> Progress:
+    """A progress bar on stderr that leaves nothing behind."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(work), BarColumn(), MofNCompleteColumn(), TextColumn(unit + " {task.fields[share]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
 
 @contextmanager

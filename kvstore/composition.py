@@ -11,7 +11,7 @@ behind the same one, and it never passes for what was computed behind the same t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -191,22 +191,23 @@ class Composition:
             column += len(part)
 
     @classmethod
-    def of_segments(cls, segments: Sequence[object], position: int = 0, context: object = ()) -> Composition:
-        """Segments one behind the other; all but the last are looked for as chains of their own.
+    def of_segments(
+        cls, segments: Sequence[object], behind: Callable[[int], Sequence[int]] | None = None
+    ) -> Composition:
+        """Segments one behind the other; all but the last, which is text, are looked for as chains of their own.
 
-        ``context``: tokens that each of them was encoded behind, and that are not placed (a beginning-of-sequence
-        token). The last segment is text: it is computed behind the others.
+        ``behind``: tokens that are computed behind each segment but the last, by its number.
         """
-        before = token_bytes(context)
         parts: list[Part] = []
+        position = 0
         for number, segment in enumerate(segments):
-            tokens = token_bytes(segment)
-            if not tokens:
+            chain = Chain(token_bytes(segment))
+            if not len(chain):
                 raise BadInput(f"segment {number} has no tokens; leave it out")
-            if number < len(segments) - 1:
-                chain = Chain(before + tokens)
-                parts.append(Placement(chain, len(before) // TOKEN_BYTES, len(chain), position))
-            else:
-                parts.append(Text(tokens, position))
-            position += len(tokens) // TOKEN_BYTES
+            last = number == len(segments) - 1
+            parts.append(Text(chain.token_ids, position) if last else Placement(chain, 0, len(chain), position))
+            position += len(chain)
+            if behind is not None and not last and (more := token_bytes(behind(number))):
+                parts.append(Text(more, position))
+                position += len(more) // TOKEN_BYTES
         return cls(tuple(parts))

@@ -13,6 +13,7 @@ from hf_runs import leases_left
 import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.errors import BadInput
+from kvstore.policies.overflow import truncation
 from kvstore.store import Store
 
 
@@ -75,9 +76,12 @@ def test_what_follows_a_blend_is_found_behind_the_same_blend_only(store: Store) 
         (lambda reuse: reuse.load(segments=[HEAD, []]), "segment 1"),
         (lambda reuse: reuse.load(segments=[]), "no tokens"),
         (lambda reuse: reuse.load(segments=[HEAD, [1000]]), "vocabulary"),
-        (lambda reuse: reuse.load(segments=[HEAD, HEAD], mode="fast"), "exact, modular, blend"),
+        (lambda reuse: reuse.load(segments=[HEAD, HEAD], mode="fast"), "exact, modular, blend, link"),
         (lambda reuse: reuse.load(segments=[HEAD, HEAD], mode="blend", recompute=1.5), "share"),
         (lambda reuse: reuse.load(torch.tensor([HEAD]), mode="blend"), "compositions"),
+        (lambda reuse: reuse.load(segments=[HEAD, HEAD], mode="link"), "LinkTokens"),
+        (lambda reuse: reuse.load(segments=[HEAD, HEAD], discover=64), "plain token ids"),
+        (lambda reuse: reuse.load(torch.tensor([HEAD]), overflow=truncation(64), discover=64), "leave discover out"),
         (lambda reuse: reuse.load(torch.tensor([HEAD]), discover=3), "too short"),
         (lambda reuse: reuse.load(torch.tensor([HEAD, HEAD]), discover=64), "one prompt"),
         (lambda reuse: reuse.encode(), "give one of them"),

@@ -50,6 +50,7 @@ class ReuseCache(DynamicCache):
         self._specs, self._dtype = specs, dtype
         self._plan = plan  # until the first forward pass
         self._scattered = scattered  # likewise
+        self._keeper = owner if scattered is not None else None  # likewise: without its hook it cannot be read
         # How far positions are ahead of columns: a prompt with gaps goes on behind them.
         self._ahead = 0 if plan is None or len(plan.tokens) > 1 else int(plan.positions[0, -1]) + 1 - plan.ids.shape[1]
         self._timed = True  # likewise
@@ -72,7 +73,7 @@ class ReuseCache(DynamicCache):
         if scattered is not None:
             if not (_is_matrix(ids) and _is_matrix(positions) and positions.shape[1] == ids.shape[1]):
                 raise BadInput("a composed prompt is read by token ids and position ids; pass hit.inputs as they are")
-            self._plan, chosen = None, scattered.chosen(ids)
+            self._plan, self._keeper, chosen = None, None, scattered.chosen(ids)
             mask = scattered.mask(ids, self._dtype)
             return {**inputs, "input_ids": ids[:, chosen], "position_ids": positions[:, chosen], "attention_mask": mask}
         known = self._unread(ids, positions)

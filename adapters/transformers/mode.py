@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from kvstore.adapters.transformers.blend import deviating
 from kvstore.adapters.transformers.composed import Composed
@@ -12,34 +13,60 @@ from kvstore.adapters.transformers.joined import Joined
 from kvstore.composition import Composition
 from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
+from kvstore.policies.overflow import Window
 
-EXACT, MODULAR, BLEND = "exact", "modular", "blend"
-MODES = (EXACT, MODULAR, BLEND)
+EXACT, MODULAR, BLEND, LINK = "exact", "modular", "blend", "link"
+MODES = (EXACT, MODULAR, BLEND, LINK)
 RECOMPUTED = 0.15  # share of the tokens that a blend computes anew, as in CacheBlend
 
 
-def asked_for(given: Any, segments: Sequence[Any] | None, mode: str | None) -> Composition | None:
-    """The composition that a caller means; None: plain token ids. Raises ``BadInput`` for what contradicts itself."""
-    if mode is not None and mode not in MODES:
-        raise BadInput(f"mode={mode!r} is not known; choose one of {', '.join(MODES)}")
-    if segments is not None:
-        if given is not None:
-            raise BadInput("give a prompt or segments, not both")
-        return Composition.of_segments([_ids(segment) for segment in segments])
-    if given is None:
-        raise BadInput("give a prompt: token ids, a composition, or segments=[ids, ids, ...]")
-    if isinstance(given, Composition):
-        return given
-    if mode not in (None, EXACT):
-        raise BadInput(f"mode={mode!r} is for compositions; plain token ids are reused exactly")
-    return None
+class Links(Protocol):
+    """Tokens that a model was trained to have behind documents (``kvstore.adapters.kvlink.LinkTokens``)."""
+
+    def of(self, slot: int) -> list[int]:
+        """Those behind the document number ``slot``."""
 
 
-def compose(
-    joined: Joined, composition: Composition, tenant: str, mode: str, share: float, changed: str | None = None
-) -> Hit:
+@dataclass(frozen=True)
+class How:
+    """What a caller says of how a prompt is to be put together; see ``Reuse.load``."""
+
+    segments: Sequence[Any] | None = None
+    mode: str | None = None
+    recompute: float = RECOMPUTED
+    links: Links | None = None
+    discover: int = 0
+    overflow: Window | None = None
+
+    def composition(self, given: Any) -> Composition | None:
+        """The composition that is meant; None: plain token ids. Raises ``BadInput`` for what contradicts itself."""
+        if self.mode is not None and self.mode not in MODES:
+            raise BadInput(f"mode={self.mode!r} is not known; choose one of {', '.join(MODES)}")
+        composed = self.segments is not None or isinstance(given, Composition)
+        if composed and (self.discover or self.overflow is not None):
+            raise BadInput("discover and overflow are for plain token ids; leave segments and compositions out")
+        if (self.mode == LINK) != (self.links is not None) or (self.links is not None and self.segments is None):
+            raise BadInput("mode='link' goes with segments=[...] and links=LinkTokens(...)")
+        if self.segments is not None:
+            if given is not None:
+                raise BadInput("give a prompt or segments, not both")
+            segments = [_ids(segment) for segment in self.segments]
+            return Composition.of_segments(segments, None if self.links is None else self.links.of)
+        if given is None:
+            raise BadInput("give a prompt: token ids, a composition, or segments=[ids, ids, ...]")
+        if isinstance(given, Composition):
+            return given
+        if self.mode not in (None, EXACT) and not self.discover:
+            raise BadInput(f"mode={self.mode!r} is for compositions; plain token ids are reused exactly")
+        if self.discover and self.overflow is not None:
+            raise BadInput("overflow is for a history of plain token ids as it is; leave discover out")
+        return None
+
+
+def compose(joined: Joined, composition: Composition, tenant: str, how: How, changed: str | None) -> Hit:
     """A hit of a composition. ``changed``: why nothing may be reused or recorded."""
     _check(joined, composition)
+    mode, share = how.mode or MODULAR, how.recompute
     if mode == BLEND:
         if not 0 <= share <= 1:
             raise BadInput(f"recompute={share} is no share; give a number from 0 to 1")

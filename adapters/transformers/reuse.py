@@ -18,7 +18,7 @@ from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
 from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn, sequences_of
 from kvstore.adapters.transformers.hook import hook
 from kvstore.adapters.transformers.joined import Joined, empty
-from kvstore.adapters.transformers.mode import EXACT, MODULAR, RECOMPUTED, asked_for, compose
+from kvstore.adapters.transformers.mode import RECOMPUTED, How, Links, compose
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.staging import staging_on
 from kvstore.adapters.transformers.window import WindowCache
@@ -138,6 +138,7 @@ class Reuse:
         segments: Sequence[Any] | None = None,
         mode: str | None = None,
         recompute: float = RECOMPUTED,
+        links: Links | None = None,
         discover: int = 0,
         overflow: Window | None = None,
     ) -> Hit:
@@ -146,14 +147,13 @@ class Reuse:
         ``input_ids``: token ids, or a ``Composition``. ``segments``: lists of token ids that follow each other; all but
         the last may have been encoded apart. ``mode``: "exact" reuses only what was computed in this very context;
         "modular" also what was encoded apart, as it is; "blend" computes the share ``recompute`` of that anew, where it
-        is furthest from what this prompt makes of it. Compositions and segments are "modular" unless told otherwise.
+        is furthest from what this prompt makes of it; "link" puts learned tokens (``links``) behind each segment, for a
+        model that was trained so. Compositions and segments are "modular" unless told otherwise.
         ``discover``: also take runs of at least so many tokens that are stored anywhere (0: do not look; one prompt).
         ``overflow``: what stays when a conversation outgrows its context; give its whole history, every time.
         """
-        composition = self._asked_for(input_ids, attention_mask, tenant, segments, mode, discover, overflow)
-        if composition is None:
-            return self._load(self._read(input_ids, attention_mask), tenant, False, overflow)
-        return self._compose(composition, tenant, mode or MODULAR, recompute)
+        how = How(segments, mode, recompute, links, discover, overflow)
+        return self._hit(self._asked_for(input_ids, attention_mask, tenant, how), tenant, how)
 
     def save(self, out: Any, cache: Any, tenant: str = "", owner: str = "", ttl: float | None = None) -> SavedTurn:
         """Store what was computed with a hit's cache; returns at once.
@@ -192,6 +192,7 @@ class Reuse:
         segments: Sequence[Any] | None = None,
         mode: str | None = None,
         recompute: float = RECOMPUTED,
+        links: Links | None = None,
         discover: int = 0,
         overflow: Window | None = None,
         tenant: str = "",
@@ -201,21 +202,18 @@ class Reuse:
     ) -> Any:
         """``model.generate`` with reuse: load, generate, save. Takes its arguments and those of ``load``."""
         generating.refuse(kwargs)
-        composition = self._asked_for(input_ids, attention_mask, tenant, segments, mode, discover, overflow)
-        if composition is not None:
-            hit = self._compose(composition, tenant, mode or MODULAR, recompute)
-            out = self.model.generate(**hit.inputs, **generating.adjust(self.model, kwargs, 0))
-            self.save(out, hit.cache, tenant=tenant, owner=owner, ttl=ttl)
-            return out
-        prompts = self._read(input_ids, attention_mask)
-        hit = self._load(prompts, tenant, generating.reads_ids(kwargs), overflow)
+        how = How(segments, mode, recompute, links, discover, overflow)
+        asked = self._asked_for(input_ids, attention_mask, tenant, how)
+        hit = self._hit(asked, tenant, how, by_columns=generating.reads_ids(kwargs))
         width = int(hit.plan.ids.shape[1])
-        kwargs = generating.adjust(self.model, kwargs, width - int(prompts.given.shape[1]))
-        out = self.model.generate(**hit.inputs, **kwargs)
+        wider = width - int(asked.given.shape[1]) if isinstance(asked, Prompts) else 0
+        out = self.model.generate(**hit.inputs, **generating.adjust(self.model, kwargs, wider))
         self.save(out, hit.cache, tenant=tenant, owner=owner, ttl=ttl)
+        if isinstance(asked, Composition):
+            return out
         if isinstance(out, torch.Tensor):
-            return to_callers_format(out, prompts, width)
-        out.sequences = to_callers_format(out.sequences, prompts, width)
+            return to_callers_format(out, asked, width)
+        out.sequences = to_callers_format(out.sequences, asked, width)
         return out
 
     def encode(
@@ -245,38 +243,23 @@ class Reuse:
 
     # -- how a load is put together -----------------------------------------------------------------------------------
 
-    def _read(self, input_ids: Any, attention_mask: Any) -> Prompts:
-        return read_prompts(input_ids, attention_mask, self._padding, self._config.vocab_size)
-
-    def _load(self, prompts: Prompts, tenant: str, by_columns: bool, overflow: Window | None) -> Hit:
-        changed = self._changed()
-        if overflow is not None:
-            return Windowed(self._joined, overflow).hit(prompts, tenant, changed)
-        if changed is not None:
-            return empty(self._joined, prompts, tenant, changed)
-        return self._joined.rows(prompts, tenant, by_columns)
-
-    def _asked_for(
-        self,
-        given: Any,
-        attention_mask: Any,
-        tenant: str,
-        segments: Sequence[Any] | None,
-        mode: str | None,
-        discover: int,
-        overflow: Window | None,
-    ) -> Composition | None:
-        """The composition that a caller means; None: plain token ids."""
-        plain = segments is None and not isinstance(given, Composition) and mode in (None, EXACT) and not discover
-        if overflow is not None and not plain:
-            raise BadInput("overflow is for a history of plain token ids; leave compositions, mode and discover out")
-        if not discover:
-            return asked_for(given, segments, mode)
-        prompts = self._read(given, attention_mask)
-        if segments is not None or len(prompts.rows) > 1:
+    def _asked_for(self, given: Any, attention_mask: Any, tenant: str, how: How) -> Prompts | Composition:
+        """What a caller wants read."""
+        composition = how.composition(given)
+        if composition is not None:
+            return composition
+        prompts = read_prompts(given, attention_mask, self._padding, self._config.vocab_size)
+        if not how.discover:
+            return prompts
+        if len(prompts.rows) > 1:
             raise BadInput("discover looks through one prompt of token ids at a time")
         namespace = Namespace(self.fingerprint, tenant)
-        return self.store.discover(namespace, self.layout, prompts.rows[0], discover)
+        return self.store.discover(namespace, self.layout, prompts.rows[0], how.discover)
 
-    def _compose(self, composition: Composition, tenant: str, mode: str, recompute: float) -> Hit:
-        return compose(self._joined, composition, tenant, mode, recompute, self._changed())
+    def _hit(self, asked: Prompts | Composition, tenant: str, how: How, by_columns: bool = False) -> Hit:
+        joined, changed = self._joined, self._changed()
+        if isinstance(asked, Composition):
+            return compose(joined, asked, tenant, how, changed)
+        if how.overflow is not None:
+            return Windowed(joined, how.overflow).hit(asked, tenant, changed)
+        return joined.rows(asked, tenant, by_columns) if changed is None else empty(joined, asked, tenant, changed)

@@ -29,6 +29,7 @@ class WindowCache(DynamicCache):
         self, owner: object, decoder: Any, policy: Window, attached: Attached, tenant: str = "", stamp: object = None
     ) -> None:
         self.owner, self.policy, self.tenant, self.stamp = weakref.ref(owner), policy, tenant, stamp
+        self._keeper = owner  # without whose hook it cannot be used
         self.timeline = Timeline()  # of what the store gave
         self._decoder = decoder
         self._reading = reading = Reading()
