@@ -184,6 +184,8 @@ def encode(
         durable = store.flush() if dir else False
     where = f"in {dir}" if durable else "nowhere: give --dir to keep them"
     print(f"{parsed.name}: {encoded.tokens:,} tokens of modules, {encoded.new_tokens:,} computed now; stored {where}")
+    if encoded.left_out:
+        raise BadInput(f"{encoded.left_out:,} tokens found no room in memory; give a larger --host than {host}")
 
 
 @app.command(help=VERIFY_HELP)

@@ -266,6 +266,13 @@ def test_a_prompt_that_ends_with_a_module_leaves_its_last_token(store: Store) ->
     close(read(model, hit)[-1], masked(model, prompt, owners, windows)[-1])
 
 
+def test_what_memory_has_no_room_for_is_not_said_to_be_stored() -> None:
+    with kvstore.open(host="1MiB") as store:
+        reuse = Reuse(build("llama"), store, block_tokens=16)
+        encoded = reuse.encode(segments=[FIRST, tokens(90, 3000)])
+        assert (encoded.tokens, encoded.new_tokens, encoded.left_out) == (len(FIRST), len(FIRST), 3000)
+
+
 def test_what_is_pinned_stays_until_it_is_released() -> None:
     model = build("llama")
     with kvstore.open(host="2MiB") as store:

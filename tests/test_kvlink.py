@@ -9,6 +9,7 @@ import torch
 from hf_models import FAMILIES, VOCABULARY, build, prompt
 from transformers import DynamicCache
 
+import kvstore
 from kvstore import BadInput, Store
 from kvstore.adapters.kvlink import LinkTokens, add_links, additive, block_mask, compose, lay_out, reference
 from kvstore.adapters.kvlink.mask import causal_mask
@@ -273,3 +274,16 @@ def test_a_blend_is_what_the_store_serves(share: float, seed: int, store: Store)
     assert not chosen[0, : LENGTHS[0]].any()  # the first document is as it was alone
     random, _ = reference.blend(model, some.ids, some.segments, share, torch.Generator().manual_seed(seed))
     assert not close(logits, random[0, -len(question) :])
+
+
+def test_segments_with_links_are_the_same_prompt() -> None:
+    """``mode="link"`` lays segments out as ``compose`` does, and serves them from documents encoded alone."""
+    links = LinkTokens(100, per_document=2, documents=3)
+    documents, question = [[1, 2, 3], [4, 5, 6, 7]], [8, 9]
+    with kvstore.open(host="64MiB") as store:
+        reuse = Reuse(build("llama"), store, block_tokens=16)
+        reuse.encode(segments=documents)
+        hit = reuse.load(segments=[*documents, question], mode="link", links=links)
+        wanted = compose(links, documents, question)
+        assert hit.plan.ids[0].tolist() == wanted.token_ids == [1, 2, 3, 100, 101, 4, 5, 6, 7, 102, 103, 8, 9]
+        assert hit.cached_tokens == reuse.load(wanted).cached_tokens == 7

@@ -139,6 +139,8 @@ def test_everything_is_measured_and_shown(tmp_path: Path, words: models.Begun) -
     for table in (report.losses(result), report.attention(result), report.decoding(result)):
         shown.print(table)
     assert all(one["arm"] in shown.export_text(clear=False) for one in result["losses"])
+    assert "has no sinks: its first tokens get at most 10.0%" in report.sinks({"attention_to_first": [[0.0999]]})
+    assert "has sinks" in report.sinks({"attention_to_first": [[0.01], [0.2, 0.1]]})
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

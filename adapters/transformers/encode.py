@@ -22,10 +22,13 @@ TIERS = ("host", "disk")  # where what was encoded can be pinned
 
 
 class Encoded:
-    """What ``encode`` has stored. ``tokens`` are in the store; ``new_tokens`` of them were computed for this."""
+    """What ``encode`` has stored. ``tokens`` are in the store, ``new_tokens`` of them were computed for this.
+
+    ``left_out``: tokens that the store had no memory to record.
+    """
 
     def __init__(self) -> None:
-        self.tokens = self.new_tokens = 0
+        self.tokens = self.new_tokens = self.left_out = 0
         self._saved: list[SavedTurn] = []
         self._pinned: list[Any] = []
 
@@ -70,21 +73,22 @@ def encode(
     if pin is not None and pin not in TIERS:
         raise BadInput(f"pin={pin!r} is no tier to pin in; choose one of {', '.join(TIERS)}")
     done, total = Encoded(), sum(map(len, compositions))
-    namespace, seen = Namespace(joined.fingerprint, tenant), 0
+    namespace = Namespace(joined.fingerprint, tenant)
     for each in compositions:
         start = each.parts[0].position
         composition = Composition(tuple(part.moved(-start) for part in each.parts))
-        matches = _stored(joined, namespace, composition)
+        matches, size = _stored(joined, namespace, composition), len(composition)
         if matches is None:
             done._saved.append(_compute(joined, composition, namespace, owner, ttl))
-            done.new_tokens += len(composition)
-            matches = _stored(joined, namespace, composition) if pin else []
-        if pin is not None:
-            done._pinned += [joined.store.load(match) if pin == "host" else match for match in matches or ()]
-        seen += len(composition)
+            matches = _stored(joined, namespace, composition)
+            done.new_tokens += size if matches is not None else 0
+        if matches is None:
+            done.left_out += size
+        else:
+            done.tokens += size
+            done._pinned += [joined.store.load(match) if pin == "host" else match for match in matches if pin]
         if progress is not None:
-            progress(seen, total)
-    done.tokens = seen
+            progress(done.tokens + done.left_out, total)
     return done
 
 

@@ -25,6 +25,7 @@ COLOURS = (
     "#d0943a",
     "#a05bc4",
 )
+LEANS = 0.1  # share of a layer's attention
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,7 +39,7 @@ def losses(result: dict[str, Any]) -> Table:
     setting = result["setting"]
     shown = Table(
         title=f"{setting['tokens']:,} held-out tokens, {setting['context']} in the cache",
-        caption="a token is a byte; ± is the standard error over slices of the text",
+        caption=f"a token is a byte; ± is the standard error over slices of the text. {sinks(result)}",
     )
     shown.add_column("")
     for column in ("nats", "perplexity", "beside the first", "tokens/s"):
@@ -48,6 +49,14 @@ def losses(result: dict[str, Any]) -> Table:
         speed = f"{setting['tokens'] / one['seconds']:,.0f}"
         shown.add_row(one["arm"], f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", beside, speed)
     return shown
+
+
+def sinks(result: dict[str, Any]) -> str:
+    """Whether the model leans on its first tokens at all: if not, a window without them loses nothing."""
+    most = max(sum(layer) for layer in result["attention_to_first"])
+    if most < LEANS:
+        return f"The model has no sinks: its first tokens get at most {most:.1%} of a layer's attention."
+    return f"The model has sinks: its first tokens get up to {most:.1%} of a layer's attention."
 
 
 def attention(result: dict[str, Any]) -> Table:
