@@ -145,13 +145,23 @@ class _Scattered(_Waiting):
 
     scattered: Scattered
 
-    def _join(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers' own; the first call joins what is brought and what was computed."""
+        if not self.waiting:
+            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return result
         self.lazy_initialization(key_states, value_states)
         keys, values = self._taken(0, key_states)
         columns = self.scattered.columns.to(keys.device)
         keys.index_copy_(2, columns, key_states)
         values.index_copy_(2, columns, value_states)
+        self._keep(keys, values)
         return keys, values
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         """Before the first forward pass only the columns in front of it count: the caller gives all the others."""
@@ -172,16 +182,6 @@ class ScatteredLayer(_Scattered):
         self.scattered = scattered
         self._expect(source, slot)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``DynamicLayer``; the first call joins what is brought and what was computed."""
-        if not self.waiting:
-            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return result
-        self.keys, self.values = self._join(key_states, value_states)
-        return self.keys, self.values
-
 
 class ScatteredSlidingLayer(_Scattered, DynamicSlidingWindowLayer):
     """A sliding window layer of a scattered prompt: all columns are there for the first pass, then the window's."""
@@ -191,15 +191,7 @@ class ScatteredSlidingLayer(_Scattered, DynamicSlidingWindowLayer):
         self.scattered = scattered
         self._expect(source, slot)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``DynamicSlidingWindowLayer``; the first call joins what is brought and what was computed."""
-        if not self.waiting:
-            result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return result
-        keys, values = self._join(key_states, value_states)
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.cumulative_length = keys.shape[-2]
         kept = keys.shape[-2] if self.record_past else self.sliding_window - 1
         self.keys, self.values = keys[:, :, -kept:].contiguous(), values[:, :, -kept:].contiguous()
-        return keys, values

@@ -22,12 +22,12 @@ MARKS["tuned, links"] = ("^", "#2f56c4")
 
 def retrieval(runs: Sequence[Run], title: str) -> Table:
     """Shares of right answers, by arm and kind of query."""
-    shown = Table(title=title, caption="share of queries answered rightly; ± is the standard deviation over seeds")
+    shown = Table(title=title, caption="right answers; anew: tokens recomputed; ±: over seeds")
     shown.add_column("arm", no_wrap=True)
-    for name in MEASURES:
+    for name in ("anew", *MEASURES[1:]):
         shown.add_column(name, justify="right")
     for one in means([run.scores for run in runs], MEASURES):
-        cells = (_measured(one, name, 3) for name in MEASURES[1:])
+        cells = (_measured(one, name, 3, spread=name in ("all", "alias")) for name in MEASURES[1:])
         shown.add_row(named(one), f"{one.means['recomputed']:.0%}", *cells)
     return shown
 
@@ -49,9 +49,9 @@ def named(one: Mean) -> str:
     return f"{one.arm} {one.share:.0%}" if one.arm in COLOURS else one.arm
 
 
-def _measured(one: Mean, name: str, digits: int) -> str:
-    spread = one.spreads[name]
-    return f"{one.means[name]:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+def _measured(one: Mean, name: str, digits: int, spread: bool = True) -> str:
+    over_seeds = one.spreads[name] if spread else None
+    return f"{one.means[name]:.{digits}f}" + ("" if over_seeds is None else f"±{over_seeds:.{digits}f}")
 
 
 def plot(runs: Sequence[Run], title: str, path: Path) -> None:
