@@ -13,9 +13,11 @@ import torch
 from kvstore import BadInput
 from kvstore.adapters.kvlink import reference
 from kvstore.bench.modules import __main__ as command
-from kvstore.bench.modules import evaluation, language, results, retrieval, training
+from kvstore.bench.modules import begin, evaluation, language, results, retrieval, training
 from kvstore.bench.modules.retrieval import KINDS, Size
+from kvstore.bench.streaming.model import BEGIN
 from kvstore.bench.train_plans.corpus import Corpus
+from kvstore.composition import Placement
 
 SMALL = Size(
     symbols=8, documents=3, writes=3, distinct=6, queries=4, hidden=64, layers=2, heads=2, steps=60, rate=1e-2,
@@ -188,3 +190,16 @@ def test_the_command_says_what_it_does(
         command.cli()
     shown = capsys.readouterr()
     assert ended.value.code == code and said in " ".join((shown.out + shown.err).split())
+
+
+def test_what_is_encoded_behind_a_token_stands_where_the_prompt_has_it() -> None:
+    """The arms of the measurement: the same tokens at the same positions, modules with or without the token before."""
+    ids = [BEGIN, *range(1, 16)]
+    for arm in begin.ARMS[:3]:
+        prompt = begin.composed(ids, arm)
+        assert prompt.token_ids == ids and prompt.position_ids == list(range(16))
+    starts = [
+        [part.start for part in begin.composed(ids, arm).parts if isinstance(part, Placement)] for arm in begin.ARMS
+    ]
+    assert starts == [[], [0, 0, 0], [1, 1, 1], []]
+    assert begin.composed(ids, begin.ARMS[3]).position_ids == [0, 12, 13, 14, 15]
