@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvstore.bench.command import run_command
 from kvstore.bench.modules import evaluation, language, report, results, retrieval, training
 from kvstore.bench.modules.evaluation import Score
 from kvstore.bench.train_plans import corpus
-from kvstore.errors import BadInput, KVStoreError
+from kvstore.errors import BadInput
 
 HELP = """
 Answer questions over documents that were encoded apart: as they are, blended, or with a model trained for it.
@@ -138,14 +138,8 @@ def finish(runs: list[results.Run], size: retrieval.Size, path: Path) -> None:
 
 
 def cli() -> None:
-    """Runs the command; what the caller can mend is one sentence and exit code 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(help=HELP)(main)
-    try:
-        app()
-    except KVStoreError as error:
-        print(f"modules: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the command."""
+    run_command(main, HELP, "modules")
 
 
 if __name__ == "__main__":

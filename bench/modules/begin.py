@@ -20,10 +20,18 @@ from torch.nn.functional import cross_entropy
 
 import kvstore
 from kvstore.adapters.transformers import Reuse
+from kvstore.bench.command import run_command
 from kvstore.bench.streaming.model import BEGIN, SIZES, Begun, trained
 from kvstore.bench.summary import environment
 from kvstore.bench.train_plans import corpus
 from kvstore.composition import Chain, Composition, Part, Placement, Text
+
+HELP = """
+Score the last of four segments of held-out texts, with the others reused: as they are, behind the token, or not at all.
+
+`python -m kvstore.bench.modules.begin` takes the model that `python -m kvstore.bench.streaming --size small` has
+trained, or trains it.
+"""
 
 SEGMENTS = 4  # of which the last is scored
 ARMS = ("full", "modular", "modular behind the token", "last segment alone")
@@ -67,7 +75,6 @@ def main(
     ),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
-    """Scores the last of four segments of held-out texts, with the others reused in several ways."""
     torch.set_num_threads(1)
     sized = SIZES[size]
     words = Begun.of(corpus.read(None, 64 << 20, sized.context))
@@ -91,4 +98,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main, HELP, "begin")

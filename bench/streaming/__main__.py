@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvstore
 from kvstore.adapters.transformers import Reuse
+from kvstore.bench.command import run_command
 from kvstore.bench.streaming import decode, report
 from kvstore.bench.streaming.arms import arms
 from kvstore.bench.streaming.model import SIZES, Begun, trained
@@ -24,7 +24,7 @@ from kvstore.bench.streaming.perplexity import score
 from kvstore.bench.streaming.sinks import attention_to_first
 from kvstore.bench.summary import environment
 from kvstore.bench.train_plans import corpus
-from kvstore.errors import BadInput, KVStoreError
+from kvstore.errors import BadInput
 from kvstore.policies.overflow import streaming
 
 HELP = """
@@ -130,14 +130,8 @@ def measure(model: Any, words: Begun, tokens: int, generated: int, context: int,
 
 
 def cli() -> None:
-    """Runs the command; what the caller can mend is one sentence and exit code 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(help=HELP)(main)
-    try:
-        app()
-    except KVStoreError as error:
-        print(f"streaming: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the command."""
+    run_command(main, HELP, "streaming")
 
 
 if __name__ == "__main__":

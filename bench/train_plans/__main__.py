@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvstore.bench.command import run_command
 from kvstore.bench.summary import environment
 from kvstore.bench.train_plans import arms, corpus, report, results, training
 from kvstore.bench.train_plans.arms import ARMS, SIZES, Size
-from kvstore.errors import BadInput, KVStoreError
+from kvstore.errors import BadInput
 
 HELP = """
 Train every layer plan, and grouped queries with a cache of the same size, from the same seeds on the same text.
@@ -142,14 +142,8 @@ def finish(runs: list[results.Run], setting: dict[str, Any], out: Path) -> None:
 
 
 def cli() -> None:
-    """Runs the command; what the caller can mend is one sentence and exit code 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.command(help=HELP)(main)
-    try:
-        app()
-    except KVStoreError as error:
-        print(f"train_plans: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Runs the command."""
+    run_command(main, HELP, "train_plans")
 
 
 if __name__ == "__main__":
