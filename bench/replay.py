@@ -19,6 +19,7 @@ from kvstore.bench.encoders import Encoder, token_ids
 from kvstore.bench.measure import answer, chunk_noise, difference, recompute
 from kvstore.bench.models import Subject
 from kvstore.bench.timeline import Timed
+from kvstore.keys import common_tokens, token_bytes
 from kvstore.store import Store
 
 NOISE_SAMPLES = 6  # turns on which the noise of other chunks is measured, besides those whose tokens differ
@@ -42,7 +43,7 @@ class Row:
     logit_difference: float
     gaps: tuple[float, ...]  # of the tokens that differ: how close the two best logits were
     noise: float | None  # what other chunks alone make of this prompt; None where it was not measured
-    prefix_tokens: int = 0  # that were cached without looking for runs elsewhere
+    prefix_tokens: int = 0  # what a prefix cache of any size would have had of it; 0 where nothing was looked for
     exact: bool = True  # nothing was reused out of its context
     divergence: float = 0.0  # of the output's distribution from that of a recompute, in nats a token
 
@@ -60,6 +61,7 @@ class Replay:
     rows: list[Row] = field(default_factory=list)
     noise_samples: Counter[str] = field(default_factory=Counter)
     timed: Timed | None = None
+    seen: list[bytes] = field(default_factory=list)  # prompts, where something is looked for
 
     def run(self, conversations: Sequence[Conversation]) -> Iterator[Row]:
         """Measures every turn, conversation by conversation or in rounds over all of them."""
@@ -72,6 +74,13 @@ class Replay:
             row = self._turn(conversation, number, place, measure_noise=(place + 1) % every == 0)
             self.rows.append(row)
             yield row
+
+    def _begun(self, listed: list[int]) -> int:
+        """How many tokens an earlier prompt began with in the same way; one is left to compute."""
+        tokens = token_bytes(listed)
+        most = max((common_tokens(tokens, earlier) for earlier in self.seen), default=0)
+        self.seen.append(tokens)
+        return min(most, len(listed) - 1)
 
     @torch.inference_mode()
     def _turn(self, conversation: Conversation, number: int, place: int, measure_noise: bool) -> Row:
@@ -89,7 +98,6 @@ class Replay:
         spans = hit.timeline
         if spans and cached > (self.timed.cached_tokens if self.timed else 0):
             self.timed = Timed(conversation.id, number + 1, cached, spans)
-        prefix = hit.prefix_tokens
         saving = time.perf_counter()
         if self.tokens > 1:
             hit.cache.crop(1 - self.tokens)  # the log's reply comes next, not what the model just said
@@ -115,7 +123,7 @@ class Replay:
             logit_difference=apart.largest,
             gaps=apart.gaps,
             noise=noise,
-            prefix_tokens=prefix,
+            prefix_tokens=self._begun(listed) if self.discover else 0,
             exact=hit.exact,
             divergence=apart.divergence,
         )

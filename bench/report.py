@@ -154,11 +154,11 @@ def table(result: dict[str, Any]) -> Table:
 def add_discovery(shown: Table, found: dict[str, Any], prompt_tokens: int) -> None:
     """What was reused out of its context: how much, and what it did to the outputs."""
     shown.add_section()
-    for name, key in (("reused from the prompt's start alone", "prefix_tokens"), ("found elsewhere", "found_tokens")):
+    for name, key in (("any prefix cache would have", "prefix_tokens"), ("found beyond that", "more_tokens")):
         shown.add_row(f"tokens {name}", "", f"{found[key]:,}", f"{100 * found[key] / max(1, prompt_tokens):.1f}%")
     different = found["tokens_different"]
     shown.add_row(
-        f"{found['turns']} turns with such: output tokens",
+        f"{found['turns']} turns out of context: tokens",
         f"{found['tokens_compared']:,}",
         f"[yellow]{different:,} differ[/]" if different else "equal",
         f"{found['divergence']:.2g} nats a token",

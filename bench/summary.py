@@ -89,7 +89,7 @@ def discovery(rows: Sequence[Row], tokens: int) -> dict[str, Any]:
     apart = [row for row in rows if not row.exact]
     return {
         "prefix_tokens": sum(row.prefix_tokens for row in rows),
-        "found_tokens": sum(row.cached_tokens - row.prefix_tokens for row in rows),
+        "more_tokens": sum(row.cached_tokens - row.prefix_tokens for row in rows),
         "turns": len(apart),
         "tokens_compared": tokens * len(apart),
         "tokens_different": sum(len(row.gaps) for row in apart),

@@ -102,13 +102,14 @@ class Load:
             good += source.tokens
         return good
 
-    def tokens_by_tier(self, tokens: int) -> dict[str, int]:
-        """Where the first ``tokens`` of the load come from: the device, memory, or the disk."""
+    def tokens_by_tier(self, stop: int, first: int = 0) -> dict[str, int]:
+        """Where tokens ``first`` to ``stop`` of the load come from: the device, memory, or the disk."""
         tiers = {"device": 0, "host": 0, "disk": 0}
+        start = 0
         for source in self._sources:
-            used = min(source.tokens, tokens)
+            used = max(0, min(start + source.tokens, stop) - max(start, first))
             tiers["device" if source.held is None else "disk" if isinstance(source.held, Fetch) else "host"] += used
-            tokens -= used
+            start += source.tokens
         return tiers
 
     def pieces(self, layer: int) -> list[Piece]:

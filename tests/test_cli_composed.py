@@ -73,9 +73,9 @@ def test_replay_with_discovery_tells_what_was_found_and_what_it_changed(command:
     said = command("replay", log, "--discover", 64, "--json", out, "--tokens", 2)
     assert said.code == 0, said.err
     found = json.loads(out.read_text())["discovery"]
-    assert found["prefix_tokens"] < 10 < len(page) - 10 < found["found_tokens"] <= len(page) + 2
+    assert found["prefix_tokens"] < 10 < len(page) - 10 < found["more_tokens"] <= len(page) + 2
     assert found["turns"] == 1 and found["tokens_compared"] == 2 and found["divergence"] > 0
-    assert "found elsewhere" in said.out and "nats a token" in said.out
+    assert "found beyond" in said.out and "nats a token" in said.out
     plain = command("replay", log, "--json", out, "--tokens", 2)
     assert plain.code == 0 and json.loads(out.read_text())["discovery"] is None
-    assert "found elsewhere" not in plain.out
+    assert "found beyond" not in plain.out

@@ -50,6 +50,7 @@ def test_modules_equal_one_masked_forward_pass(family: str, attention: str, stor
     wanted = masked(build(family), prompt, owners, windows)
     hit = reuse.load(prompt)
     assert (hit.cached_tokens, hit.exact) == (sum(map(len, MODULES)), False)
+    assert sum(hit.cached_by_tier.values()) == hit.cached_tokens
     close(read(model, hit), wanted[[place for place, owner in enumerate(owners) if not owner]])
     # What was computed is found again, behind the same composition, and only the last token is left.
     assert reuse.save([prompt.token_ids], hit.cache).tokens == len(QUESTION)
@@ -254,6 +255,15 @@ def test_a_module_of_which_an_end_is_missing_is_used_as_far_as_it_goes(store: St
     close(read(model, hit)[-1], wanted[-1])
     reuse.save([prompt.token_ids], hit.cache)
     assert reuse.load(prompt).cached_tokens == len(prompt) - 1
+
+
+def test_a_part_of_a_chain_is_counted_without_what_shares_its_block(store: Store) -> None:
+    model = build("llama")
+    reuse, _ = joined(model, store)
+    parts = (Text(Chain.of(HEAD).token_ids, 0), Placement(Chain.of(FIRST), 21, 38, len(HEAD)))
+    prompt = Composition((*parts, Text(Chain.of(QUESTION).token_ids, len(HEAD) + 17)))
+    hit = reuse.load(prompt)
+    assert hit.cached_tokens == hit.cached_by_tier["host"] == 17
 
 
 def test_a_prompt_that_ends_with_a_module_leaves_its_last_token(store: Store) -> None:

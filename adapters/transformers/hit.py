@@ -24,13 +24,6 @@ class Hit:
     cached_by_tier: dict[str, int]
     plan: Plan
     exact: bool = True  # nothing is reused out of the context that it was computed in
-    prefix: int | None = None  # of a composed prompt, the tokens that are cached from its start on, in their context
-
-    @property
-    def prefix_tokens(self) -> int:
-        """How many tokens from the first on are cached exactly: all of them, but in a composed prompt."""
-        assert isinstance(self.cached_tokens, int)  # one prompt, not a batch
-        return self.cached_tokens if self.prefix is None else self.prefix
 
     @property
     def timeline(self) -> list[Span]:

@@ -151,7 +151,7 @@ class Joined:
         assembly = composed.assembly
         tiers: dict[str, int] = {}
         for load, run in zip(loads, assembly.runs, strict=True):
-            _count(tiers, load, run.stored - run.match.skipped)
+            _count(tiers, load, run.stored - run.match.skipped, run.first - run.match.skipped)
         plan = composed.plan(self.attached.specs[0].device)
         recorder = self._opening(composed, tenant)
         if isinstance(stamp, str):
@@ -159,9 +159,7 @@ class Joined:
         cache = self._cache(loads, [composed.spans()], plan, recorder, stamp, tenant, composed)
         unfinished = (run.match.miss for run in assembly.runs if run.cached < len(run.chain) - run.first)
         cached = composed.total - len(composed.computed)
-        first = assembly.runs[0]
-        prefix = 0 if first.modular else first.cached
-        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact, prefix)
+        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact)
 
     def _cache(
         self,
@@ -266,6 +264,6 @@ def _seated(run: Run, source: int, ids: Sequence[int], namespace: Namespace) -> 
     return tokens, Seat(ids[: run.column], run.first, run.position, root, source, run.match.skipped)
 
 
-def _count(tiers: dict[str, int], load: Load | None, tokens: int) -> None:
-    for tier, part in load.tokens_by_tier(tokens).items() if load is not None else ():
+def _count(tiers: dict[str, int], load: Load | None, stop: int, first: int = 0) -> None:
+    for tier, part in load.tokens_by_tier(stop, first).items() if load is not None else ():
         tiers[tier] = tiers.get(tier, 0) + part

@@ -46,10 +46,10 @@ class Stored(NamedTuple):
         return sum(part.stop - part.first for part in self.parts)
 
     def tiers(self) -> dict[str, int]:
-        """How many tokens come from which tier, those included that share a block with what is kept."""
+        """How many tokens come from which tier."""
         found: dict[str, int] = {}
         for part, load, skipped in zip(self.parts, self.loads, self.skipped, strict=True):
-            for tier, tokens in load.tokens_by_tier(part.stop - skipped).items():
+            for tier, tokens in load.tokens_by_tier(part.stop - skipped, part.first - skipped).items():
                 found[tier] = found.get(tier, 0) + tokens
         return found
 
