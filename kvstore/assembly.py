@@ -150,10 +150,13 @@ class _Assembler:
         yield Run(chain, 0, self._column, here.position, match)
 
     def _elsewhere(self, column: int, part: Placement, total: int) -> Match | None:
-        """What is stored of a part that was encoded apart, if that is more than what goes on in this context."""
-        end = column + len(part) == total
-        found = self._match(part.chain.upto(part.stop - end), part.start, whole=True)
-        if found.tokens - part.start > self._covered(part):
+        """What is stored of a part that was encoded apart: all of it, or it is no use, and more than goes on here.
+
+        With less, what comes behind it would be found no more as soon as more is stored.
+        """
+        stop = part.stop - (column + len(part) == total)  # the prompt's last token is left
+        found = self._match(part.chain.upto(stop), part.start, whole=True)
+        if found.tokens == stop > part.start + self._covered(part):
             return found
         found.release()
         return None

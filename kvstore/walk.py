@@ -56,8 +56,9 @@ class Walk:
             return self.open
         before = [*self.before, *([] if self.open is None else self.open.placed())]
         context: list[Placement | str] = [placed.moved(-position) for placed in before]
-        if not context and position:
-            context.append(f"from {position}")  # what starts elsewhere has other bits
+        first = before[0].position if before else position
+        if first:
+            context.append(f"from {first}")  # what starts elsewhere has other bits
         if self.modular and self.mark:
             context.append(self.mark)
         return Open(Context(tuple(context)) if context else NOTHING, b"", position)

@@ -243,18 +243,19 @@ def test_after_its_weights_changed_a_model_reuses_and_stores_nothing(store: Stor
         reuse.encode(segments=[FIRST])
 
 
-def test_a_module_of_which_an_end_is_missing_is_used_as_far_as_it_goes(store: Store) -> None:
+def test_a_module_of_which_an_end_is_missing_is_computed_where_it_stands(store: Store) -> None:
+    """Used as far as it goes, what follows would be found no more as soon as another module begins like it."""
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=16)
     reuse.encode(segments=[FIRST[:32]])
     prompt, owners = composition([(0, HEAD), (1, FIRST), (0, QUESTION)])
     hit = reuse.load(prompt)
-    assert hit.cached_tokens == 32
-    owners = [0] * len(HEAD) + [1] * 32 + [0] * (len(prompt) - len(HEAD) - 32)
-    wanted = masked(model, prompt, owners, [None])
-    close(read(model, hit)[-1], wanted[-1])
+    assert (hit.cached_tokens, hit.exact) == (0, True)
+    close(read(model, hit)[-1], masked(model, prompt, [0] * len(owners), [None])[-1])
     reuse.save([prompt.token_ids], hit.cache)
-    assert reuse.load(prompt).cached_tokens == len(prompt) - 1
+    reuse.encode(segments=[FIRST])
+    again = reuse.load(prompt)
+    assert (again.cached_tokens, again.exact) == (len(prompt) - 1, True)
 
 
 def test_a_part_of_a_chain_is_counted_without_what_shares_its_block(store: Store) -> None:

@@ -71,7 +71,7 @@ class ReuseCache(DynamicCache):
         positions: Any = inputs.get("position_ids")
         scattered, self._scattered = self._scattered, None
         if scattered is not None:
-            if not (_is_matrix(ids) and _is_matrix(positions) and positions.shape[1] == ids.shape[1]):
+            if not (is_matrix(ids) and is_matrix(positions) and positions.shape[1] == ids.shape[1]):
                 raise BadInput("a composed prompt is read by token ids and position ids; pass hit.inputs as they are")
             self._plan, self._keeper, chosen = None, None, scattered.chosen(ids)
             mask = scattered.mask(ids, self._dtype)
@@ -79,7 +79,7 @@ class ReuseCache(DynamicCache):
         known = self._unread(ids, positions)
         if known:
             return {**inputs, "input_ids": ids[:, known:], "position_ids": positions[:, known:]}
-        if positions is None and self._ahead and _is_matrix(ids):
+        if positions is None and self._ahead and is_matrix(ids):
             first = self.get_seq_length() + self._ahead
             return {**inputs, "position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
         return inputs
@@ -91,7 +91,7 @@ class ReuseCache(DynamicCache):
         Its positions start over, so it cannot be a text that goes on with the same words.
         """
         plan, self._plan = self._plan, None
-        if plan is None or not plan.columns or not _is_matrix(ids) or not _is_matrix(positions):
+        if plan is None or not plan.columns or not is_matrix(ids) or not is_matrix(positions):
             return 0
         if ids.shape[1] < plan.ids.shape[1] or positions.shape[1] != ids.shape[1] or ids.shape[0] % plan.ids.shape[0]:
             return 0
@@ -105,7 +105,7 @@ class ReuseCache(DynamicCache):
         """The decoder starts on these inputs."""
         recorder = self.recorder
         capture.listen(recorder.calls)
-        if _is_matrix(ids) and ids.shape[0] != len(recorder.places):
+        if is_matrix(ids) and ids.shape[0] != len(recorder.places):
             # `generate` repeats the inputs for beams and several returned sequences, but not the cache it is given.
             times, rest = divmod(ids.shape[0], len(recorder.places))
             if times > 1 and not rest:
@@ -193,7 +193,8 @@ class ReuseCache(DynamicCache):
         return copy
 
 
-def _is_matrix(value: Any) -> bool:
+def is_matrix(value: Any) -> bool:
+    """Whether it is a tensor of rows and columns, as token ids are."""
     return isinstance(value, torch.Tensor) and value.ndim == 2
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DummyLayer
 
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.attach import Attached
+from kvstore.adapters.transformers.cache import is_matrix
 from kvstore.adapters.transformers.timeline import Timeline
 from kvstore.adapters.transformers.window_layer import Reading, WindowLayer
 from kvstore.adapters.transformers.window_recorder import WindowRecorder
@@ -83,7 +84,7 @@ class WindowCache(DynamicCache):
         Whatever positions and mask are given, a token stands at its index in the cache and sees all before it. Raises
         ``BadInput`` for what a windowed conversation cannot be.
         """
-        ids = _checked(inputs)
+        ids = _checked(inputs, self.policy.context)
         *firsts, last = self._pieces(ids.shape[1])
         earlier = []
         for piece in firsts:
@@ -176,15 +177,18 @@ class WindowCache(DynamicCache):
             layer.reset()
 
 
-def _checked(inputs: dict[str, Any]) -> torch.Tensor:
+def _checked(inputs: dict[str, Any], context: int) -> torch.Tensor:
     """The token ids of a forward pass, [1, tokens]."""
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+    ids: Any = inputs.get("input_ids")
+    mask: Any = inputs.get("attention_mask")
+    if not is_matrix(ids):
         raise BadInput("a windowed conversation is read by token ids; give input_ids")
     if ids.shape[0] != 1:
         raise BadInput(f"a windowed conversation is one sequence, not {ids.shape[0]}; give each its own cache")
     if not ids.shape[1]:
         raise BadInput("no tokens were given; the model has read them all already")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.all())):
+    # Of a mask of the whole history, what is read and what may be held; so long histories take no longer.
+    if mask is not None and not (is_matrix(mask) and bool(mask[:, -context - ids.shape[1] :].all())):
         raise BadInput("a windowed conversation has no padding and no mask of its own; give its tokens alone")
-    return ids
+    checked: torch.Tensor = ids
+    return checked
