@@ -167,6 +167,11 @@ class _Scattered(_Waiting):
         """Before the first forward pass only the columns in front of it count: the caller gives all the others."""
         return self.scattered.leading if self.waiting else int(super().get_seq_length())
 
+    def fetch(self, like: torch.Tensor) -> None:
+        """Raises ``Unsupported`` before the first forward pass: what it computes is not there yet."""
+        if self.waiting:
+            raise Unsupported("a composed prompt cannot be looked at or copied before the model has read it")
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number, as transformers has it)."""
         if self.waiting:
