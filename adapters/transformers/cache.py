@@ -54,6 +54,7 @@ class ReuseCache(DynamicCache):
         # How far positions are ahead of columns: a prompt with gaps goes on behind them.
         self._ahead = 0 if plan is None or len(plan.tokens) > 1 else int(plan.positions[0, -1]) + 1 - plan.ids.shape[1]
         self._timed = True  # likewise
+        self._reading = False  # a forward pass is running
         # A dropped cache must not keep leases or private blocks; neither refers back to it.
         self._drop = weakref.finalize(self, _drop, loaded, recorder)
         self._drop.atexit = False
@@ -105,6 +106,7 @@ class ReuseCache(DynamicCache):
         """The decoder starts on these inputs."""
         recorder = self.recorder
         capture.listen(recorder.calls)
+        self._reading = True
         if is_matrix(ids) and ids.shape[0] != len(recorder.places):
             # `generate` repeats the inputs for beams and several returned sequences, but not the cache it is given.
             times, rest = divmod(ids.shape[0], len(recorder.places))
@@ -115,7 +117,10 @@ class ReuseCache(DynamicCache):
         recorder.begin(ids, mask, positions)
 
     def finish(self) -> None:
-        """The decoder is done, or failed."""
+        """The decoder is done, or failed; or it was refused its inputs, and did not begin."""
+        if not self._reading:
+            return
+        self._reading = False
         capture.leave()
         if self._timed:
             self._timed = not self.loaded.finished()
