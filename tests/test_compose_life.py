@@ -23,6 +23,7 @@ from composed import (
 )
 from hf_models import build
 from hf_runs import leases_left
+from staged import staging_of
 from test_transformers_faults import LateStore
 
 import kvstore
@@ -183,3 +184,28 @@ def test_what_is_pinned_stays_until_it_is_released() -> None:
         pinned.release()
         reuse.encode(segments=[tokens(200 + number, 160) for number in range(24)])
         assert reuse.load(prompt).cached_tokens == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_recorded_by_way_of_a_devices_buffers(family: str, store: Store) -> None:
+    """Texts that end inside the prompt, and the one that goes on, leave by a side stream; blends are not kept so."""
+    model = build(family)
+    reuse, _ = joined(model, store)
+    staging = reuse._joined.staging = staging_of(reuse.layout, torch.float32, "cpu")
+    prompt, _ = composition([(0, HEAD), (1, FIRST), (0, tokens(71, 50)), (2, SECOND), (0, QUESTION)])
+    hit = reuse.load(prompt)
+    first = read(model, hit)[-1]
+    reuse.save([prompt.token_ids], hit.cache)
+    again = reuse.load(prompt)
+    assert again.cached_tokens == len(prompt) - 1
+    close(read(model, again)[-1], first)
+    found = []
+    for _ in range(2):
+        blended = reuse.load(prompt, mode="blend", recompute=0.3)
+        found.append(blended.cached_tokens)
+        read(model, blended)
+        reuse.save([prompt.token_ids], blended.cache)
+    # The text in front is exact and was stored before; the second time the other texts are there, too.
+    assert found == [len(HEAD) + len(FIRST) + len(SECOND) - 22, len(prompt) - 1 - 22]
+    del hit, again, blended
+    staging.close()

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from kvstore.adapters.transformers.batch import Plan
+from kvstore.adapters.transformers.blended import Blended
 from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.gather import Span
+from kvstore.adapters.transformers.row import Copy
 from kvstore.assembly import Assembly, Run
 from kvstore.errors import BadInput
 
@@ -66,12 +68,23 @@ class Scattered:
         return seen[None, None]
 
 
+def _runs(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Pairs that both go up by one, joined: (one, other, length)."""
+    runs: list[tuple[int, int, int]] = []
+    for one, other in pairs:
+        if runs and (one, other) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((one, other, 1))
+    return runs
+
+
 class Composed:
     """An assembly with what is decided of it: which columns the model computes, and which it is given."""
 
-    def __init__(self, assembly: Assembly, recomputed: Iterable[int] = ()) -> None:
-        """``recomputed``: columns that are cached, but computed all the same."""
-        self.assembly = assembly
+    def __init__(self, assembly: Assembly, recomputed: Iterable[int] = (), blended: Blended | None = None) -> None:
+        """``recomputed``: columns that are cached, but computed all the same. ``blended``: the chain that they make."""
+        self.assembly, self.blended = assembly, blended
         self.total = len(assembly.composition)
         self.computed = sorted({*assembly.missing(), *recomputed})
         self.leading = self.computed[0]
@@ -80,11 +93,6 @@ class Composed:
     def scattered(self) -> bool:
         """Whether something cached stands behind something that is computed."""
         return len(self.computed) < self.total - self.leading
-
-    @cached_property
-    def loaded(self) -> int:
-        """Columns that layers are brought with."""
-        return self.total if self.scattered else self.leading
 
     def spans(self) -> list[Span]:
         """What is brought, one span for each run."""
@@ -98,6 +106,34 @@ class Composed:
         """Where a run's tokens begin among the computed ones, and how many of them it keeps."""
         first = run.column + run.cached
         return self._place[first] if first < run.stop else 0, run.stop - first
+
+    @property
+    def kept(self) -> list[Run]:
+        """The runs whose own chains go on with what is computed here; behind the start of a blend there are none."""
+        stop = self.total if self.blended is None else self.blended.column
+        return [run for run in self.assembly.runs if run.column < stop]
+
+    @property
+    def blend_stored(self) -> tuple[int, int]:
+        """Which source holds the blend's chain, and how many tokens of it; none when it is made here."""
+        assert self.blended is not None
+        for source, run in enumerate(self.assembly.runs):
+            if run.column == self.blended.column and run.chain.context == self.blended.chain.context:
+                return source, run.cached
+        return 0, 0
+
+    def computed_runs(self, start: int) -> list[tuple[int, int, int]]:
+        """The computed columns from ``start`` on in runs: place among the computed, distance from ``start``, length."""
+        return _runs([(self._place[column], column - start) for column in self.computed if column >= start])
+
+    def copies(self, start: int) -> list[Copy]:
+        """Of the columns from ``start`` on, those that are loaded and stay as they are."""
+        found, anew = [], set(self.computed)
+        for source, run in enumerate(self.assembly.runs):
+            columns = [c for c in range(max(run.column, start), run.column + run.cached) if c not in anew]
+            first = run.first - run.match.skipped - run.column
+            found += [Copy(source, *each) for each in _runs([(first + column, column - start) for column in columns])]
+        return found
 
     @cached_property
     def _place(self) -> dict[int, int]:

@@ -6,7 +6,7 @@ the attention mask hides, or tokens that the model is about to compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,26 +111,27 @@ class Gather:
                     carried.used(layer, event)
         return Brought(keys, values, event)
 
-    def tail(self, layer: int, source: int, block: int, skipped: int, tokens: int) -> Pair | None:
-        """Keys before rotation and values of the first ``tokens`` of a chain's block, [heads, tokens, dim].
+    def originals(self, layer: int, source: int, first: int, tokens: int) -> Iterator[Pair]:
+        """Keys before rotation and values, [heads, tokens, dim], of a load's tokens from ``first`` on, block by block.
 
-        ``skipped``: leading tokens of the chain whose blocks are no part of the load. What is returned is the store's
-        own memory: say ``tail_read`` as soon as the engine's stream has been asked to read it.
+        They are the store's own memory: say ``read`` as soon as the engine's stream has been asked to read them.
         """
-        load, spec = self.loads[source], self._specs[layer]
-        if load is None:
-            return None
-        place = load.places(layer)[block - skipped // load.layout.block_tokens]
-        if place.hot:
-            load.ready(current(self._device))
-        device = self._device if place.hot else self._source
-        keys, values = (
-            at(address, (spec.heads, place.stride, dim), self._dtype, device)[:, :tokens]
-            for address, dim in ((place.keys, spec.key_dim), (place.values, spec.value_dim))
-        )
-        return keys, values
+        load, spec, stop, start = self.loads[source], self._specs[layer], first + tokens, 0
+        for place in load.places(layer) if load is not None and tokens else ():
+            low, high = max(first, start) - start, min(stop, start + place.tokens) - start
+            start += place.tokens
+            if low >= high:
+                continue
+            if place.hot:
+                load.ready(current(self._device))
+            device = self._device if place.hot else self._source
+            keys, values = (
+                at(address, (spec.heads, place.stride, dim), self._dtype, device)[:, low:high]
+                for address, dim in ((place.keys, spec.key_dim), (place.values, spec.value_dim))
+            )
+            yield keys, values
 
-    def tail_read(self, source: int) -> None:
+    def read(self, source: int) -> None:
         """The memory stays until the engine's stream, which the host may be far ahead of, has come so far."""
         carried = self._carried[source]
         if carried is not None:

@@ -13,6 +13,7 @@ import torch
 from kvstore.adapters.transformers.ahead import worker_for
 from kvstore.adapters.transformers.attach import Attached
 from kvstore.adapters.transformers.batch import Plan, Prompts, cut_by_columns, lay_out
+from kvstore.adapters.transformers.blended import Blended
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.composed import Composed
 from kvstore.adapters.transformers.gather import Gather, Span
@@ -20,14 +21,14 @@ from kvstore.adapters.transformers.hit import Hit, SavedTurn
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.recompute import nested_prefill
-from kvstore.adapters.transformers.recorder import Opening, Recorder
+from kvstore.adapters.transformers.recorder import Opening, Recorder, Take
 from kvstore.adapters.transformers.reopen import reopen
 from kvstore.adapters.transformers.row import Row, Seat
 from kvstore.adapters.transformers.staging import Staging
 from kvstore.adapters.transformers.watch import Stamp
 from kvstore.adapters.transformers.window import WindowCache
-from kvstore.assembly import Assembly, Run, assemble
-from kvstore.composition import Composition
+from kvstore.assembly import Assembly, assemble
+from kvstore.composition import Chain, Composition
 from kvstore.errors import StoreClosed
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import Layout
@@ -141,10 +142,14 @@ class Joined:
                 run.stored = min(run.stored, good)
             if not broken:
                 return assembly, loads
-            for load in loads:
-                if load is not None:
-                    load.release()
+            release(loads)
             composition = assembly.without(broken, left)
+
+    def stored(self, namespace: Namespace, chain: Chain) -> int:
+        """How many leading tokens of a chain the store has; one is always left."""
+        match = self.store.match(namespace, self.layout, chain.token_ids, root=chain.context.root(namespace))
+        match.release()
+        return match.tokens
 
     def composed(self, composed: Composed, loads: list[Any], tenant: str, stamp: object) -> Hit:
         """A hit of a composed prompt, with ``loads`` of its runs."""
@@ -208,15 +213,29 @@ class Joined:
     def _opening(self, composed: Composed, tenant: str) -> Recorder:
         """Records each chain that the first pass computes a part of, and then the one that goes on."""
         namespace, ids = Namespace(self.fingerprint, tenant), composed.assembly.composition.token_ids
-        takes = []
-        for source, run in enumerate(composed.assembly.runs):
+        takes: list[Take] = []
+        for source, run in enumerate(composed.kept):
             first, count = composed.takes(run)
             if count:
-                takes.append((self.row(*_seated(run, source, ids, namespace)), first, count))
+                tokens = array("I", run.chain.token_ids).tolist()[: run.first + run.cached]
+                root = run.chain.context.root(namespace)
+                seat = Seat(ids[: run.column], run.first, run.position, root, source, run.match.skipped)
+                takes.append(Take(self.row(tokens, seat), ids[run.stop - count : run.stop], [(first, 0, count)]))
+        if composed.blended is not None:
+            takes.append(self._blended(composed, composed.blended, ids, namespace))
         opening = Opening([ids[column] for column in composed.computed], takes)
         known = torch.ones((1, composed.total - len(composed.computed)), dtype=torch.bool)
-        tail, attached = takes[-1][0], self.attached
+        tail, attached = takes[-1].row, self.attached
         return Recorder([tail], known, attached.rotations, attached.dtype, self.windows, opening)
+
+    def _blended(self, composed: Composed, blended: Blended, ids: list[int], namespace: Namespace) -> Take:
+        """Records the chain of a blend: what was computed, and the originals of what was used as it was."""
+        source, stored = composed.blend_stored
+        seat = Seat(ids[: blended.column], 0, blended.position, blended.chain.context.root(namespace), source)
+        row = self.row(ids[blended.column : blended.column + stored], seat)
+        start = blended.column + stored
+        row.copies = composed.copies(start)
+        return Take(row, ids[start:], composed.computed_runs(start))
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -257,11 +276,11 @@ def empty(joined: Joined, prompts: Prompts, tenant: str, reason: str) -> Hit:
     return joined.hit(prompts, [None] * rows, misses, [0] * rows, tenant, False, reason)
 
 
-def _seated(run: Run, source: int, ids: Sequence[int], namespace: Namespace) -> tuple[list[int], Seat]:
-    """What is stored of a run's chain, and where it stands."""
-    tokens = array("I", run.chain.token_ids).tolist()[: run.first + run.cached]
-    root = run.chain.context.root(namespace)
-    return tokens, Seat(ids[: run.column], run.first, run.position, root, source, run.match.skipped)
+def release(loads: Sequence[Load | None]) -> None:
+    """End all leases."""
+    for load in loads:
+        if load is not None:
+            load.release()
 
 
 def _count(tiers: dict[str, int], load: Load | None, stop: int, first: int = 0) -> None:

@@ -193,12 +193,17 @@ class Loaded:
         if self._instead is not None:
             return
         for row in (*self.recorder.texts, *self.recorder.rows):
-            (block, tokens), source = row.tail(), row.seat.source
+            for copy in row.copies if row.ended is None else ():
+                at = copy.at
+                for keys, values in self._gather.originals(layer, copy.source, copy.first, copy.tokens):
+                    row.write(layer, keys, values, at)
+                    at += keys.shape[1]
+                self._gather.read(copy.source)
+            source, tokens = row.seat.source, row.tail()[1]
             if tokens and row.wants_seed:
-                originals = self._gather.tail(layer, source, block, row.seat.skipped, tokens)
-                if originals is not None:
-                    row.seed(layer, *originals)
-                    self._gather.tail_read(source)
+                for originals in self._gather.originals(layer, source, row.base - tokens - row.seat.skipped, tokens):
+                    row.seed(layer, *originals)  # they are all in one block
+                self._gather.read(source)
 
     def _note_fetches(self) -> None:
         for layer in range(len(self._specs)):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvstore.adapters.transformers.blend import deviating
+from kvstore.adapters.transformers.blended import Blended, mark_of
 from kvstore.adapters.transformers.composed import Composed
 from kvstore.adapters.transformers.hit import Hit
-from kvstore.adapters.transformers.joined import Joined
+from kvstore.adapters.transformers.joined import Joined, release
 from kvstore.composition import Composition
 from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
@@ -70,16 +71,22 @@ def compose(joined: Joined, composition: Composition, tenant: str, how: How, cha
     if mode == BLEND:
         if not 0 <= share <= 1:
             raise BadInput(f"recompute={share} is no share; give a number from 0 to 1")
-        composition = Composition(composition.parts, f"blend {share:g}")
+        composition = Composition(composition.parts, mark_of(composition, share))
     fingerprint = joined.fingerprint if changed is None else Fingerprint({"changed": changed})
-    assembly, loads = joined.assembled(Namespace(fingerprint, tenant), composition, mode != EXACT)
-    composed = Composed(assembly)
-    if mode == BLEND and not assembly.exact:
-        chosen = deviating(joined, composed, loads, share)
-        if chosen is None:  # what follows must not pass for what follows a blend
-            changed = "the layer that shows what to blend could not be loaded in time, so modules were used as they are"
-        composed = Composed(assembly, chosen or ())
-    return joined.composed(composed, loads, tenant, joined.stamp if changed is None else changed)
+    namespace = Namespace(fingerprint, tenant)
+    assembly, loads = joined.assembled(namespace, composition, mode != EXACT)
+    if mode != BLEND or assembly.exact:
+        return joined.composed(Composed(assembly), loads, tenant, changed or joined.stamp)
+    # A device's recording takes whole runs only; there a blend is made again every time.
+    blended = Blended.of(assembly) if joined.staging is None else None
+    if blended is not None and (stored := joined.stored(namespace, blended.chain)) >= blended.modules:
+        release(loads)
+        assembly, loads = joined.assembled(namespace, blended.instead(composition, stored), True)
+        return joined.composed(Composed(assembly, blended=blended), loads, tenant, changed or joined.stamp)
+    chosen = deviating(joined, Composed(assembly), loads, share)
+    if chosen is None:  # what follows must not pass for what follows a blend
+        changed = "the layer that shows what to blend could not be loaded in time, so modules were used as they are"
+    return joined.composed(Composed(assembly, chosen or (), blended), loads, tenant, changed or joined.stamp)
 
 
 def _check(joined: Joined, composition: Composition) -> None:

@@ -21,15 +21,23 @@ class Step(NamedTuple):
 
     row: Row
     place: int  # in the batch
-    first: int  # column of its first new token
+    runs: list[tuple[int, int, int]]  # column, distance behind its recorded tokens, length
     ids: list[int]
+
+
+class Take(NamedTuple):
+    """What one row takes of the first pass over a composed prompt: ``ids``, of which the pass reads ``runs``."""
+
+    row: Row
+    ids: list[int]
+    runs: list[tuple[int, int, int]]  # place among what is read, distance behind the row's stored tokens, length
 
 
 class Opening(NamedTuple):
     """What the first forward pass over a composed prompt reads: tokens of several chains, of which the last goes on."""
 
     ids: list[int]
-    takes: list[tuple[Row, int, int]]  # a row, where its tokens begin among ``ids``, and how many there are
+    takes: list[Take]
 
 
 class Recorder:
@@ -46,7 +54,7 @@ class Recorder:
     ) -> None:
         self.rows = list(rows)
         self._opening = opening  # until the first forward pass
-        self.texts = [row for row, _, _ in opening.takes if row not in self.rows] if opening else []  # end with it
+        self.texts = [take.row for take in opening.takes if take.row not in self.rows] if opening else []  # end with it
         self.places = list(range(len(self.rows)))
         self.calls = heard()
         self._columns = columns  # [rows, columns known]: which columns hold a token
@@ -107,10 +115,12 @@ class Recorder:
         if any(row != opening.ids for row in ids.tolist()):
             return self.end_all("the prompt was not read in one piece")
         assert self._steps is not None
-        for row, first, count in opening.takes:
-            room = row.prepare(count)
-            if room:
-                self._steps.append(Step(row, 0, first, opening.ids[first : first + room]))
+        for row, tokens, runs in opening.takes:
+            room = row.prepare(len(tokens))
+            if room == len(tokens):
+                self._steps.append(Step(row, 0, runs, tokens))
+            elif room and not row.copies:
+                self._steps.append(Step(row, 0, [(*runs[0][:2], room)], tokens[:room]))
         self._fresh = torch.ones((1, len(opening.ids)), dtype=torch.bool)
 
     @staticmethod
@@ -139,7 +149,7 @@ class Recorder:
         room = row.prepare(count)
         if room:
             assert self._steps is not None
-            self._steps.append(Step(row, place, first, wanted[:room]))
+            self._steps.append(Step(row, place, [(first, 0, room)], wanted[:room]))
 
     def layer(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """``Cache.update`` was given these new keys (what turns) and values of a slot."""
@@ -165,8 +175,9 @@ class Recorder:
 
     def _write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._steps is not None
-        for row, place, first, ids in self._steps:
-            row.write(slot, keys[place].narrow(1, first, len(ids)), values[place].narrow(1, first, len(ids)))
+        for row, place, runs, _ in self._steps:
+            for first, at, count in runs:
+                row.write(slot, keys[place].narrow(1, first, count), values[place].narrow(1, first, count), at)
 
     def finish(self) -> None:
         """The forward pass is over; its tokens count when every layer was seen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,15 @@ class Seat:
     skipped: int = 0  # leading tokens whose blocks are no part of that load
 
 
+class Copy(NamedTuple):
+    """Stored tokens of another chain that go into this one as they are."""
+
+    source: int  # which load has them
+    first: int  # token of it
+    at: int  # how far behind the chain's stored tokens they go
+    tokens: int
+
+
 class Row:
     """What is known of one chain. ``base`` of its tokens are stored already, the rest is in private blocks.
 
@@ -45,6 +54,7 @@ class Row:
     ) -> None:
         self.ids = list(ids)
         self.seat = seat or Seat()
+        self.copies: list[Copy] = []  # to be made while the first forward pass runs
         self.base = len(self.ids)
         self.ended: str | None = None  # why nothing more is recorded
         self.reopen: Callable[[], bool] | None = None  # after a save: fetch the tail again, to go on recording
@@ -86,9 +96,9 @@ class Row:
             self._passage = Passage(self._staging, whole.start, blocks)
         return tokens
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keys (before rotation) and values of shape [heads, tokens, dim] of the tokens behind the recorded ones."""
-        start, count, done = len(self.ids), keys.shape[1], 0
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0) -> None:
+        """Keys (before rotation) and values [heads, tokens, dim] of tokens ``at`` behind the recorded ones."""
+        start, count, done = len(self.ids) + at, keys.shape[1], 0
         while done < count:
             index, offset = divmod(start + done, self._size)
             if self._passage is not None and index == self._passage.first and self._passage.blocks:

@@ -153,7 +153,7 @@ class Windowed:
 
     def _fill(self, cache: WindowCache, stored: Stored, row: Row) -> bool:
         """Brings what is stored into the cache, and to ``row`` what its next block begins with; whether it could."""
-        joined, attached, (block, begun) = self._joined, self._joined.attached, row.tail()
+        joined, attached, begun = self._joined, self._joined.attached, row.tail()[1]
         spans = [
             Span(source, part.first - skipped, part.stop - part.first, 0, part.column)
             for source, (part, skipped) in enumerate(zip(stored.parts, stored.skipped, strict=True))
@@ -170,9 +170,9 @@ class Windowed:
                 brought = gather.layer(slot, [0], 0, stored.columns, 0)
                 layer.fill(brought.keys, brought.values)
                 if begun:
-                    originals = gather.tail(slot, len(spans) - 1, block, stored.skipped[-1], begun)
-                    assert originals is not None
-                    row.seed(slot, *originals)
+                    first = row.base - begun - stored.skipped[-1]
+                    for originals in gather.originals(slot, len(spans) - 1, first, begun):
+                        row.seed(slot, *originals)
                 cache.timeline.add(LOAD, slot, begin, time.perf_counter())
         finally:
             gather.release()
