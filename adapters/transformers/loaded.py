@@ -196,7 +196,7 @@ class Loaded:
             for copy in row.copies if row.ended is None else ():
                 at = copy.at
                 for keys, values in self._gather.originals(layer, copy.source, copy.first, copy.tokens):
-                    row.write(layer, keys, values, at)
+                    row.write(layer, keys, values, at=at)
                     at += keys.shape[1]
                 self._gather.read(copy.source)
             source, tokens = row.seat.source, row.tail()[1]

@@ -177,7 +177,7 @@ class Recorder:
         assert self._steps is not None
         for row, place, runs, _ in self._steps:
             for first, at, count in runs:
-                row.write(slot, keys[place].narrow(1, first, count), values[place].narrow(1, first, count), at)
+                row.write(slot, keys[place].narrow(1, first, count), values[place].narrow(1, first, count), at=at)
 
     def finish(self) -> None:
         """The forward pass is over; its tokens count when every layer was seen."""

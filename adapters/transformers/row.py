@@ -96,7 +96,7 @@ class Row:
             self._passage = Passage(self._staging, whole.start, blocks)
         return tokens
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, at: int = 0) -> None:
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, *, at: int = 0) -> None:
         """Keys (before rotation) and values [heads, tokens, dim] of tokens ``at`` behind the recorded ones."""
         start, count, done = len(self.ids) + at, keys.shape[1], 0
         while done < count:
