@@ -18,6 +18,7 @@ from composed import (
     read,
     tokens,
 )
+from devices import CUDA
 from hf_models import FAMILIES, build
 from hf_runs import leases_left
 from transformers import DynamicCache
@@ -167,3 +168,21 @@ def test_turning_twenty_times_over_leaves_the_bytes_of_the_first_time(family: st
         last = keys(position)
     assert any(not torch.equal(one, other) for one, other in zip(first, last, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(first, keys(7), strict=True))
+
+
+@CUDA
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu() -> None:
+    model = build("llama").to("cuda")
+    with kvstore.open(host="64MiB", device="64MiB") as store:
+        reuse, windows = joined(model, store)
+        prompt, owners = composition(PARTS)
+        wanted = masked(build("llama"), prompt, owners, windows)[
+            [place for place, owner in enumerate(owners) if not owner]
+        ]
+        for _ in range(2):  # from memory, then from the device
+            torch.testing.assert_close(read(model, reuse.load(prompt)).cpu(), wanted, atol=1e-3, rtol=1e-3)
+        hit = reuse.load(prompt, mode="blend", recompute=1.0)
+        with torch.no_grad():
+            whole = build("llama")(input_ids=torch.tensor([prompt.token_ids])).logits[0]
+        torch.testing.assert_close(read(model, hit).cpu(), whole, atol=1e-3, rtol=1e-3)
+        reuse.save([prompt.token_ids], hit.cache).wait()
