@@ -79,7 +79,7 @@ def plant(fault: str, row: Any, other: Any) -> None:
             elif number != 1:
                 continue
             elif fault == "a block of noise":
-                keys.normal_()
+                keys.normal_(generator=torch.Generator().manual_seed(layer))
             else:
                 keys.copy_(other._blocks[number].keys[layer])
                 block.values[layer].copy_(other._blocks[number].values[layer])
