@@ -55,11 +55,6 @@ class Assembly:
         """Whether nothing is reused out of the context that it was computed in."""
         return not any(run.modular for run in self.runs)
 
-    @property
-    def tail(self) -> Run:
-        """The run that generation goes on; it has at least one token to compute."""
-        return self.runs[-1]
-
     def missing(self) -> list[int]:
         """The columns that are left to compute, in order."""
         return [column for run in self.runs for column in range(run.column + run.cached, run.stop)]
