@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kvstore.adapters.transformers.running import Running
+
 CHUNKS = (128,)  # tokens a chunk, when a prompt is recomputed to measure noise
 
 
@@ -45,15 +47,15 @@ def answer(model: Any, first: dict[str, Any], cache: Any, tokens: int, script: S
     """
     steps: list[torch.Tensor] = []
     chosen: list[int] = []
-    inputs, ended = first, 0.0
+    running, ended = Running(model, first, cache), 0.0
     for step in range(tokens):
-        logits = model(**{**inputs, "past_key_values": cache, "use_cache": True}, logits_to_keep=1).logits[0, -1]
+        logits = running.read()
         best = int(logits.argmax())  # waits for the device
         if step == 0:
             ended = time.perf_counter()
         steps.append(logits)
         chosen.append(script[step] if script else best)
-        inputs = {"input_ids": torch.tensor([chosen[-1:]], device=first["input_ids"].device)}
+        running.say(chosen[-1])
     decoding = time.perf_counter() - ended
     stacked = torch.stack(steps).to("cpu", torch.float32)
     return Answer(stacked, tuple(chosen), ended - started, decoding / (tokens - 1) if tokens > 1 else 0.0)

@@ -2,10 +2,13 @@
 
 Each turn's prompt is the log's own history. The model says a few tokens, which are compared and thrown away; what the
 store keeps of the turn is its prompt. The next turn's prompt holds the reply of the log and starts from there.
+
+With a queue, the turns that come next wait in it as requests wait in a server's, so that the store sees them.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,12 +17,15 @@ from dataclasses import dataclass, field
 import torch
 
 from kvstore.adapters.transformers import Reuse
+from kvstore.adapters.transformers.queue import Queue
+from kvstore.adapters.transformers.request import Request
+from kvstore.adapters.transformers.tempo import Tempo
 from kvstore.bench.conversation import Conversation, TokenIds
 from kvstore.bench.encoders import Encoder, token_ids
 from kvstore.bench.measure import answer, chunk_noise, difference, recompute
 from kvstore.bench.models import Subject
 from kvstore.bench.timeline import Timed
-from kvstore.keys import common_tokens, token_bytes
+from kvstore.keys import TOKEN_BYTES, common_tokens
 from kvstore.store import Store
 
 NOISE_SAMPLES = 6  # turns on which the noise of other chunks is measured, besides those whose tokens differ
@@ -58,6 +64,7 @@ class Replay:
     tokens: int = 8
     interleave: bool = False
     discover: int = 0  # also reuse runs of so many tokens that stand anywhere; 0: only what a prompt begins with
+    queue: int = 0  # turns that wait behind the one that runs, which the store is told; 0: it is told nothing
     rows: list[Row] = field(default_factory=list)
     noise_samples: Counter[str] = field(default_factory=Counter)
     timed: Timed | None = None
@@ -65,29 +72,32 @@ class Replay:
 
     def run(self, conversations: Sequence[Conversation]) -> Iterator[Row]:
         """Measures every turn, conversation by conversation or in rounds over all of them."""
-        schedule = ordered(conversations, self.interleave)
-        every = max(1, len(schedule) // NOISE_SAMPLES)
+        turns = ordered(conversations, self.interleave)
+        every = max(1, len(turns) // NOISE_SAMPLES)
         warm = torch.zeros((1, 32), dtype=torch.long, device=self.subject.model.device)
         with torch.inference_mode():
             recompute(self.subject.model, warm, 2)
-        for place, (conversation, number) in enumerate(schedule):
-            row = self._turn(conversation, number, place, measure_noise=(place + 1) % every == 0)
+        line = Line(self.reuse, map(self._request, turns), self.queue)
+        for place, turn in enumerate(turns):
+            row = self._turn(turn, line, place, measure_noise=(place + 1) % every == 0)
             self.rows.append(row)
             yield row
 
-    def _begun(self, listed: list[int]) -> int:
+    def _request(self, turn: tuple[Conversation, int]) -> Request:
+        conversation, number = turn
+        ids = token_ids(self.subject.encoder, conversation.turns[number].prompt, place_of(conversation, number))
+        return Request(ids, self.tokens)
+
+    def _begun(self, tokens: bytes) -> int:
         """How many tokens an earlier prompt began with in the same way; one is left to compute."""
-        tokens = token_bytes(listed)
         most = max((common_tokens(tokens, earlier) for earlier in self.seen), default=0)
         self.seen.append(tokens)
-        return min(most, len(listed) - 1)
+        return min(most, len(tokens) // TOKEN_BYTES - 1)
 
     @torch.inference_mode()
-    def _turn(self, conversation: Conversation, number: int, place: int, measure_noise: bool) -> Row:
-        prompt = conversation.turns[number].prompt
-        listed = token_ids(self.subject.encoder, prompt, place_of(conversation, number))
-        model = self.subject.model
-        ids = torch.tensor([listed], device=model.device)
+    def _turn(self, turn: tuple[Conversation, int], line: Line, place: int, measure_noise: bool) -> Row:
+        (conversation, number), request, model = turn, line.head(), self.subject.model
+        ids = torch.tensor([request.token_ids], device=model.device)
         plain = None if place % 2 else recompute(model, ids, self.tokens)
 
         started = time.perf_counter()
@@ -103,6 +113,7 @@ class Replay:
             hit.cache.crop(1 - self.tokens)  # the log's reply comes next, not what the model just said
         self.reuse.save(ids, hit.cache)
         saved = time.perf_counter()
+        line.served(request)
 
         plain = plain or recompute(model, ids, self.tokens, reused.fed)
         apart = difference(plain, reused)
@@ -112,7 +123,7 @@ class Replay:
         return Row(
             conversation=conversation.id,
             turn=number + 1,
-            prompt_tokens=len(listed),
+            prompt_tokens=request.prompt_tokens,
             cached_tokens=cached,
             tokens_by_tier=hit.cached_by_tier,
             ttft_recompute=plain.ttft_seconds,
@@ -123,10 +134,39 @@ class Replay:
             logit_difference=apart.largest,
             gaps=apart.gaps,
             noise=noise,
-            prefix_tokens=self._begun(listed) if self.discover else 0,
+            prefix_tokens=self._begun(request.prompt) if self.discover else 0,
             exact=hit.exact,
             divergence=apart.divergence,
         )
+
+
+class Line:
+    """The turns of a replay as requests in a queue: the one that runs, and at most ``room`` that wait behind it."""
+
+    def __init__(self, reuse: Reuse, turns: Iterator[Request], room: int) -> None:
+        self._queue, self._turns, self._room = Queue(reuse, room + 1), turns, room
+        self._tempo, self._since = Tempo(), time.perf_counter()
+        self._fill()
+
+    def head(self) -> Request:
+        """The turn that runs."""
+        request = self._queue.head()
+        assert request is not None
+        return request
+
+    def served(self, request: Request) -> None:
+        """It was loaded, answered and saved: all move up, and the store is told."""
+        now = time.perf_counter()
+        self._tempo.first(now - self._since)
+        self._since = now
+        self._queue.remove(request)
+        self._fill()
+
+    def _fill(self) -> None:
+        for request in itertools.islice(self._turns, self._room + 1 - len(self._queue)):
+            self._queue.add(request)
+        if self._room:
+            self._queue.tell(self._tempo, (), active=1)
 
 
 def check(conversations: Sequence[Conversation], encoder: Encoder) -> None:

@@ -8,6 +8,7 @@
 
 from kvstore.config import open
 from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreClosed, Unsupported
+from kvstore.job import Answer, Job
 from kvstore.keys import Extra, Fingerprint, Namespace
 from kvstore.layout import LayerShape, Layout
 from kvstore.store import Store
@@ -24,6 +25,9 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Namespace",
+    # a scheduler's hints
+    "Answer",
+    "Job",
     # errors
     "BadInput",
     "ForkError",

@@ -43,6 +43,9 @@ Nothing is downloaded and nothing is written unless you say so:
 
 * `kvstore replay chats.json --host 16MiB --dir cache` makes memory scarce, so that the disk has to serve;
 
+* `kvstore replay chats.json --host 16MiB --dir cache --interleave --queue 8` tells the store which 8 turns come next,
+  so that it brings what they read from disk ahead;
+
 * `kvstore replay chats.json --discover 64` also reuses what stands anywhere, out of its context: an approximation, and
   the table says how far its outputs are from a recompute's;
 
@@ -102,6 +105,7 @@ def replay(
     dir: Annotated[Path | None, typer.Option(help="Where the disk tier lives; without it there is none.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model says in each turn.")] = 8,
     interleave: Annotated[bool, typer.Option(help="In rounds over all conversations, one turn of each.")] = False,
+    queue: Annotated[int, typer.Option(min=0, help="Turns that wait in line, and that the store is told of.")] = 0,
     discover: Annotated[
         int, typer.Option(min=0, help="Also reuse runs of N tokens from anywhere; 0: do not look.")
     ] = 0,
@@ -127,10 +131,11 @@ def replay(
         "disk": disk if dir else "none",
         "interleave": interleave,
         "tokens": tokens,
+        "queue": queue,
         "discover": discover,
     }
     with kvstore.open(dir, host=host, disk=disk) as store:
-        run = Replay(subject, store, Reuse(subject.model, store), tokens, interleave, discover)
+        run = Replay(subject, store, Reuse(subject.model, store), tokens, interleave, discover, queue)
         _watch(run, chosen)
         store.flush()
         result = summary.summarize(run, log.name, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from kvstore.errors import BadInput, StoreBusy
 from kvstore.hot import Hot
+from kvstore.policies.history import History
 from kvstore.policies.lru import LRU
+from kvstore.policies.pace import Pace
 from kvstore.store import Store
 from kvstore.tiers.host import HostTier
 
@@ -179,7 +182,7 @@ def _hot(device: int | None, name: str) -> Hot | None:
 
 
 def _in_memory(host: int, device: int | None, name: str) -> Store:
-    return Store(_host(host, device, name), None, LRU(), LRU(), hot=_hot(device, name))
+    return Store(_host(host, device, name), None, Pace(time.monotonic), LRU(), hot=_hot(device, name))
 
 
 def _open_directory(place: Path, host: int, disk: int, files: Files | None, device: int | None, name: str) -> Store:
@@ -190,8 +193,9 @@ def _open_directory(place: Path, host: int, disk: int, files: Files | None, devi
     memory = _host(host, device, name)
     tier = DiskTier(files or OsFiles(), str(place), disk)
     try:
-        hot = _hot(device, name)
-        return Store(memory, tier, LRU(), LRU(), lambda: _let_go(place), lambda: _gone(place), hot)
+        hot, history = _hot(device, name), History()
+        policies = Pace(time.monotonic, history), Pace(time.monotonic, history, leads=False)
+        return Store(memory, tier, *policies, lambda: _let_go(place), lambda: _gone(place), hot)
     except BaseException:
         tier.close()
         raise

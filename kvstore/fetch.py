@@ -1,4 +1,8 @@
-"""One block on its way from disk to a host slot, and those who wait for its layers."""
+"""One block on its way from disk to a host slot, and those who wait for its layers.
+
+Its parts are jobs of the mover. A part may be asked for twice, the second time in more of a hurry; who comes first
+begins it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 from kvstore.block import Header
+from kvstore.mover import Priority
 from kvstore.residency import Resident
 
 PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size
@@ -15,7 +20,17 @@ PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size
 class Fetch:
     """One block on its way from disk to a host slot; one fetch serves all who wait for the block."""
 
-    def __init__(self, number: int, resident: Resident, view: memoryview, address: int, header_bytes: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        resident: Resident,
+        view: memoryview,
+        address: int,
+        header_bytes: int,
+        priority: Priority = Priority.DEMAND,
+        turn: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``turn``: its place among fetches of this priority, before and behind the number of the part."""
         self.number = number
         self.resident = resident
         self.view = view
@@ -33,7 +48,48 @@ class Fetch:
         self.failed = False
         self.cancelled = False  # failed, but nothing is wrong with the block
         self.times: dict[int, tuple[float, float]] = {}  # part -> when it was read and checked (time.perf_counter)
+        self.prefetched = priority != Priority.DEMAND  # it was begun before anybody asked; never changes
+        self.priority, self._turn = priority, turn
         self._left = len(self.parts)  # parts that are not over
+        self._begun = 0  # parts that somebody has begun, as bits
+        self._spread = False  # the parts behind the first were asked for
+
+    def turn(self, part: int) -> tuple[Priority, tuple[int, int, int]]:
+        """When a part's turn is, for ``Mover.submit``."""
+        with self.progress:
+            first, last = self._turn
+            return self.priority, (first, part, last)
+
+    def begin(self, part: int) -> bool:
+        """Whether the caller is the first who begins this part."""
+        with self.progress:
+            fresh = not self._begun >> part & 1
+            self._begun |= 1 << part
+        return fresh
+
+    def spread(self) -> Sequence[int]:
+        """The first part is over: those that are to be asked for now."""
+        with self.progress:
+            self._spread = True
+        return range(1, len(self.parts))
+
+    def hasten(self, place: int) -> list[int]:
+        """Somebody waits for it from now on, at this place of a load. Returns the parts to ask for once more."""
+        with self.progress:
+            if self.priority == Priority.DEMAND:
+                return []
+            self.priority, self._turn = Priority.DEMAND, (0, place)
+            asked = range(1, len(self.parts)) if self._spread else range(1)
+            return [part for part in asked if not self._begun >> part & 1]
+
+    def take_back(self) -> bool:
+        """True: nobody waits for it, no part has begun, and none will."""
+        with self.progress:
+            idle = self.priority != Priority.DEMAND and not self._begun
+            if idle:
+                self._begun = (1 << len(self.parts)) - 1
+                self.failed = self.cancelled = True
+        return idle
 
     def wait(self, layer: int, deadline: float) -> bool:
         """Until the layer is there (True), the fetch has failed, or the deadline (monotonic) has passed (False)."""

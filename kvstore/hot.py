@@ -16,7 +16,8 @@ from kvstore.eviction import victims
 from kvstore.families import NONE
 from kvstore.layout import Layout
 from kvstore.lease import Lease
-from kvstore.policy import EvictionPolicy
+from kvstore.policies.look_ahead import LookAhead
+from kvstore.policy import Arrival, EvictionPolicy
 from kvstore.tiers.base import DeviceSlots
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Hot:
     def __init__(self, tier: DeviceSlots, policy: EvictionPolicy) -> None:
         self.tier = tier
         self.evicted_blocks = 0
-        self._policy = policy
+        self.stays: Callable[[int], bool] = lambda _: False  # set by the residency: a block that is pinned here
+        self._policy = LookAhead(policy)
         self._slots: dict[int, Slot] = {}  # by block, filled or being filled
         self._leaving: set[Slot] = set()  # of blocks that left the store, with users
         self._erasable: list[Slot] = []
@@ -106,16 +108,28 @@ class Hot:
             return None
         slot = Slot(number, address, tier.pointer(address), tier.memory(address), layout, stride)
         self._slots[number] = slot
-        self._policy.insert(number, size)
+        self._policy.insert(number, Arrival(size, stride, number, NONE))
         return slot
 
     def placed(self, number: int) -> bool:
         """Whether the block has a slot, filled or not; then it gets no second one."""
         return number in self._slots
 
+    def schedule(self, chains: Sequence[Sequence[int]]) -> None:
+        """What waiting jobs will read, the nearest first: it goes last, whether it is here yet or not."""
+        self._policy.schedule(chains)
+
+    def protect(self, window: int) -> None:
+        """Of these, the first so many make no room for others from now on."""
+        self._policy.protect(window)
+
     def touch(self, chain: Sequence[int]) -> None:
         """The blocks of a chain, root first, were used."""
         self._policy.touch(chain)
+
+    def arrange(self, chain: Sequence[int]) -> None:
+        """The blocks of a chain, root first, as a load leaves it."""
+        self._policy.arrange(chain)
 
     def report(self, slots: Sequence[Slot], events: Sequence[Event]) -> None:
         """``filled``, by whom a finalizer may call: it needs no lock, and counts from the store's next call on."""
@@ -155,6 +169,7 @@ class Hot:
         """The block left the store: no load finds it any more; its slot goes back with its last user."""
         slot = self._slots.get(number)
         if slot is None:
+            self._policy.remove(number)  # a job may need it here; the number may soon stand for another block
             return
         slot.erase = erase
         if not slot.users:
@@ -181,7 +196,18 @@ class Hot:
     def _evictable(self, number: int) -> int:
         """The slot of a block that may go, or NONE."""
         slot = self._slots[number]
-        return NONE if slot.users else slot.address
+        return NONE if slot.users or self.stays(number) else slot.address
+
+    def demote(self, number: int) -> int:
+        """The block goes now, or before all others when its last user is gone; bytes that are free now."""
+        slot = self._slots.get(number)
+        if slot is None:
+            return 0
+        if slot.users:
+            self._policy.let_go([number])
+            return 0
+        self._let_go(slot)
+        return slot.layout.class_bytes(slot.stride) - slot.layout.header_bytes
 
     def _let_go(self, slot: Slot) -> None:
         self._forget(slot)

@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -23,6 +23,8 @@ from kvstore.families import NONE, Families
 from kvstore.keys import TOKEN_BYTES, Namespace, block_key, common_tokens
 from kvstore.layout import Layout
 from kvstore.tiers.base import Entry
+
+Keys = Sequence[bytes]
 
 
 class Found(NamedTuple):
@@ -114,22 +116,20 @@ class Index:
         """Whether a block's bytes mean what ``layout`` says."""
         return self._layout[self.kind[number]] == self._layout_ids.get(layout, NONE)
 
-    def find(self, namespace: Namespace, root: bytes, layout: Layout, tokens: bytes, limit: int, now: float) -> Found:
-        """The longest stored prefix of ``tokens`` behind ``root``, of at most ``limit`` tokens that are served."""
-        size = layout.block_tokens * TOKEN_BYTES
+    def find(
+        self, space: Namespace, root: bytes, layout: Layout, tokens: bytes, limit: int, now: float, keys: Keys = ()
+    ) -> Found:
+        """The longest stored prefix of ``tokens`` behind ``root``, at most ``limit``. ``keys``: its blocks'."""
+        size, blocks = layout.block_tokens * TOKEN_BYTES, list[int]()
         key, parent, position = root, self._roots.get(root, NONE), 0
-        blocks: list[int] = []
         if parent == NONE:
             return Found(blocks, NONE, 0, 0)
-        number, known = self.number, self.tokens
-        wanted = self._layout_ids.get(layout, NONE)
+        number, known, wanted = self.number, self.tokens, self._layout_ids.get(layout, NONE)
         while position + size <= limit * TOKEN_BYTES:
             piece = tokens[position : position + size]
-            key = block_key(namespace, key, piece)
+            key = keys[len(blocks)] if keys else block_key(space, key, piece)
             found = number.get(key, NONE)
-            if found == NONE or not self._serves(found, now):
-                break
-            if self._layout[self.kind[found]] != wanted:
+            if found == NONE or self._layout[self.kind[found]] != wanted or not self._serves(found, now):
                 break
             if known.get(found, piece) != piece or self.parent[found] != parent:
                 break  # cannot be, unless the hash is broken: a miss, never wrong bytes

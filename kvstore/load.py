@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvstore.block import address_of, copy_checked
 from kvstore.errors import BadInput
 from kvstore.fetch import Fetch
-from kvstore.hot import Hold, Slot
+from kvstore.hot import Hold, Hot, Slot
 from kvstore.match import Match
 from kvstore.residency import Residency, Resident
 
@@ -242,3 +242,22 @@ class Load:
         self._sources = []
         self._bases = []
         self._end()
+
+
+def placed(sources: list[Source], hot: Hot, slots: list[Slot]) -> list[Source]:
+    """The sources with slots for those that have none, as far as there is room; ``slots`` gets the new ones. Locked."""
+    chain = [source.number for source in sources]
+    hot.touch(chain)  # so that no block makes room for another of the same prompt, if others can
+    with_slots = []
+    for at, source in enumerate(sources):
+        if source.held is not None and not hot.placed(source.number):
+            held = source.held.resident if isinstance(source.held, Fetch) else source.held
+            slot = hot.place(source.number, held.layout, held.stride)
+            if slot is None:
+                with_slots += sources[at:]
+                break
+            slots.append(slot)
+            source = source._replace(slot=slot)
+        with_slots.append(source)
+    hot.arrange(chain)
+    return with_slots

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from kvstore.block import bad_pieces, decode_header
 from kvstore.errors import Corrupt, TierError
 from kvstore.families import NONE
 from kvstore.fetch import Fetch
-from kvstore.hot import Hold, Hot, Slot
+from kvstore.hot import Hold, Slot
 from kvstore.keys import TOKEN_BYTES
 from kvstore.lease import Lease
-from kvstore.load import Load, Source
+from kvstore.load import Load, Source, placed
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
-from kvstore.room import reserve_host
+from kvstore.room import held_bytes, reserve_host
 from kvstore.tensors.streams import ThreadStream
+from kvstore.throughput import Throughput
 
 log = logging.getLogger("kvstore")
 
@@ -33,6 +36,9 @@ class Loader:
         self._mover = mover
         self._fetches: dict[int, Fetch] = {}  # guarded by residency.lock
         self._worker: ThreadStream | None = None  # likewise
+        self.ahead: dict[int, Resident] = {}  # blocks that were prefetched, or are, and no load has used; likewise
+        self.reserve: Callable[[int], int | None] = partial(reserve_host, residency)  # a host slot for a load; locked
+        self.throughput = Throughput()  # of reads from disk; likewise
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()  # of loads that streams may still work for
 
     def load(self, match: Match, device: bool = False) -> Load:
@@ -43,6 +49,7 @@ class Loader:
         residency = self._residency
         sources: list[Source] = []
         started: list[Fetch] = []
+        hurried: list[tuple[Fetch, int]] = []
         slots: list[Slot] = []
         position = 0
         with residency.lock:
@@ -54,7 +61,7 @@ class Loader:
                 lease = Lease(numbers, residency.lease_ended)
             match.loaded = True
             hot = residency.hot if device else None
-            room = int(residency.host.capacity * LEASE_SHARE) - residency.leased_bytes()
+            room = int(residency.host.capacity * LEASE_SHARE) - held_bytes(residency)
             for number, tokens in match.blocks if lease.active else ():  # else others may have the numbers by now
                 slot = hot.find(number) if hot is not None else None
                 held: Resident | Fetch | None = None
@@ -64,26 +71,28 @@ class Loader:
                     held = residency.residents.get(number) or self._fetches.get(number)
                     if held is None:
                         room -= match.layout.full_slot_bytes
-                        held = self._start(number) if room >= 0 else None
+                        held = self.start(number, Priority.DEMAND, (0, len(started))) if room >= 0 else None
                         if held is None:
                             residency.counters.add("loads_cut")
                             break
                         started.append(held)
+                    elif isinstance(held, Fetch):
+                        hurried += [(held, part) for part in held.hasten(len(sources))]
+                    self._used(number, held)
                 piece = match.token_ids[position : position + tokens * TOKEN_BYTES]
                 if not self._promises(held, number, piece):
                     break
                 position += len(piece)
                 sources.append(Source(number, tokens, held, self._view(held), slot))
-            # Known to the policy from the start, so that one touch of the chain puts all of it in order.
-            for fetch in started:
-                residency.host_policy.insert(fetch.number, fetch.resident.payload)
-            residency.host_policy.touch([number for number, _ in match.blocks])
+            chain = [number for number, _ in match.blocks]
+            residency.host_policy.arrange(chain)
+            residency.admit(chain if lease.active else ())
             if hot is not None:
-                sources = _placed(sources, hot, slots)
+                sources = placed(sources, hot, slots)
             hold = Hold(lease, slots)
             self._holds.add(hold)
-        for order, fetch in enumerate(started):
-            self._submit(fetch, 0, order)
+        for fetch, part in [*((fetch, 0) for fetch in started), *hurried]:
+            self.submit(fetch, part)
         return Load(match, sources, residency, hold)
 
     def _view(self, held: Resident | Fetch | None) -> memoryview | None:
@@ -91,20 +100,54 @@ class Loader:
             return None
         return held.view if isinstance(held, Fetch) else self._residency.host.view(held.address)
 
-    def _start(self, number: int) -> Fetch | None:
+    def start(self, number: int, priority: Priority, turn: tuple[int, int]) -> Fetch | None:
+        """A fetch of a block that is only on disk, whose first part the caller submits; None: no room. Locked."""
         residency, index = self._residency, self._residency.index
         address, stride = index.disk[number], index.stride[number]
         if address == NONE:
             return None
         layout = index.kind_of(number).layout
-        slot = reserve_host(residency, layout.class_bytes(stride))
+        demand, size = priority == Priority.DEMAND, layout.class_bytes(stride)
+        slot = self.reserve(size) if demand else reserve_host(residency, size)
         if slot is None:
             return None
         resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
-        fetch = Fetch(number, resident, residency.host.view(slot), address, layout.header_bytes)
+        fetch = Fetch(number, resident, residency.host.view(slot), address, layout.header_bytes, priority, turn)
         residency.hold([number])
+        if not self._fetches:
+            self.throughput.begins()
         self._fetches[number] = fetch
+        # Known to the policy from the start, so that its chain can be put in order at once.
+        residency.host_policy.insert(number, residency.arrival(number))
+        if not demand:
+            self.ahead[number] = resident
         return fetch
+
+    def _used(self, number: int, held: Resident | Fetch) -> None:
+        """A load has a block of which ``ahead`` may know. Locked."""
+        before = self.ahead.pop(number, None)
+        if before is not None:
+            same = before is (held.resident if isinstance(held, Fetch) else held)
+            self._residency.counters.add("prefetch_used_blocks" if same else "prefetch_wasted_blocks")
+
+    def take_back(self, fetch: Fetch) -> bool:
+        """Ends a prefetch that nobody waits for and that no worker has begun; False: it goes on. Locked."""
+        if not fetch.take_back():
+            return False
+        residency, number = self._residency, fetch.number
+        del self._fetches[number]
+        self.ahead.pop(number, None)
+        residency.host_policy.remove(number)
+        residency.host.free(fetch.resident.address)
+        residency.unhold([number])
+        residency.counters.add("prefetch_cancelled_blocks")
+        residency.changed.notify_all()
+        return True
+
+    @property
+    def fetches(self) -> Mapping[int, Fetch]:
+        """Those that have not settled, by block, oldest first. Locked."""
+        return self._fetches
 
     def _promises(self, source: Resident | Fetch | None, number: int, piece: bytes) -> bool:
         """Whether the block starts with these tokens; of one under way its header will tell, or fail it. Locked.
@@ -116,11 +159,15 @@ class Loader:
         source.promised.append(piece)
         return source.header is None or source.header.tokens.startswith(piece)
 
-    def _submit(self, fetch: Fetch, part: int, order: int) -> None:
-        if not self._mover.submit(Priority.DEMAND, (part, order), lambda: self._run(fetch, part, order)):
+    def submit(self, fetch: Fetch, part: int) -> None:
+        """Asks for a part of a fetch. Not locked."""
+        priority, turn = fetch.turn(part)
+        if not self._mover.submit(priority, turn, lambda: self._run(fetch, part)):
             fetch.cancel()  # the store is closing: ``abort`` settles it
 
-    def _run(self, fetch: Fetch, part: int, order: int) -> None:
+    def _run(self, fetch: Fetch, part: int) -> None:
+        if not fetch.begin(part):
+            return
         first, last = fetch.parts[part]
         try:
             if not fetch.failed:
@@ -135,8 +182,8 @@ class Loader:
             raise
         finally:
             if part == 0:
-                for following in range(1, len(fetch.parts)):
-                    self._submit(fetch, following, order)
+                for following in fetch.spread():
+                    self.submit(fetch, following)
             if fetch.part_over():
                 self._settle(fetch)
 
@@ -216,31 +263,17 @@ class Loader:
             del self._fetches[number]
             still_there = residency.index.disk[number] == fetch.address
             if still_there and not fetch.failed and fetch.header is not None:
+                self.throughput.came(resident.payload)
                 resident.checksums = fetch.header.checksums
                 residency.put_host(number, resident, fetch.header.tokens)
+                if fetch.prefetched:
+                    residency.counters.add("prefetched_blocks")
+                    residency.counters.add("prefetched_bytes", resident.payload)
             else:
+                self.ahead.pop(number, None)
                 residency.host_policy.remove(number)
                 residency.keep_until_unleased(number, resident)
                 if still_there and not fetch.cancelled:
                     residency.drop_disk(number)
             residency.unhold([number])
             residency.changed.notify_all()
-
-
-def _placed(sources: list[Source], hot: Hot, slots: list[Slot]) -> list[Source]:
-    """The sources with slots for those that have none, as far as there is room; ``slots`` gets the new ones. Locked."""
-    chain = [source.number for source in sources]
-    hot.touch(chain)  # so that no block makes room for another of the same prompt, if others can
-    placed = []
-    for at, source in enumerate(sources):
-        if source.held is not None and not hot.placed(source.number):
-            held = source.held.resident if isinstance(source.held, Fetch) else source.held
-            slot = hot.place(source.number, held.layout, held.stride)
-            if slot is None:
-                placed += sources[at:]
-                break
-            slots.append(slot)
-            source = source._replace(slot=slot)
-        placed.append(source)
-    hot.touch(chain)
-    return placed

@@ -10,22 +10,25 @@ invisible at once, given back when the last lease ends.
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count as counter
 
 from kvstore.errors import StoreClosed
+from kvstore.expiry import Expiry
 from kvstore.families import NONE
 from kvstore.hot import Hold, Hot
 from kvstore.index import Index
+from kvstore.keeping import Keeping
 from kvstore.layout import Layout
 from kvstore.metrics import Counters
-from kvstore.policy import EvictionPolicy
+from kvstore.policies.look_ahead import LookAhead
+from kvstore.policy import Arrival, EvictionPolicy
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
 
@@ -41,6 +44,8 @@ class Resident:
     clean: bool = False
     checksums: array[int] | None = None  # of the payload as it lies in the slot, once somebody has taken them
     failed: bool = False  # its disk write failed; counted once, never tried again
+    unwanted: bool = False  # not worth a write while the disk is full
+    demoted: bool = False  # goes from here as soon as it is on disk
 
 
 @dataclass(slots=True)
@@ -68,25 +73,25 @@ class Residency:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # a write or a fetch has settled
         self.host, self.disk, self.hot = host, disk, hot
-        self.host_policy, self.disk_policy = host_policy, disk_policy
+        self.host_policy, self.disk_policy = LookAhead(host_policy), LookAhead(disk_policy)
         self.counters = Counters()
         self.index = Index(disk.tokens if disk is not None else lambda _: None)
         self.residents: dict[int, Resident] = {}
-        self.host_payload = 0
-        self.disk_payload = 0
-        self.wall = wall
-        self.sequences = counter(1)
+        self.host_payload = self.disk_payload = 0
+        self.wall, self.sequences = wall, counter(1)
+        self.keeping = Keeping({"host": host, "disk": disk, "device": hot.tier if hot is not None else None})
+        if hot is not None:
+            hot.stays = partial(self.keeping.stays, "device")
         self.write_soon: Callable[[int], None] = lambda _: None  # set by the writer: a dirty block is to be written
+        self.admit: Callable[[Sequence[int]], None] = lambda _: None  # likewise: a chain is saved, or used anew
         self.erase_soon: Callable[[], None] = lambda: None  # set by the store: ``take_erasable`` has something
         self._doomed: dict[int, list[Doomed]] = {}
         self._to_erase: list[Doomed] = []
         # Filled by finalizers, which may run anywhere and so take no lock; taken in by ``settle``.
-        self._ended_loads: deque[Hold] = deque()
-        self._ended_leases: deque[Sequence[int]] = deque()
-        self._abandoned_slots: deque[int] = deque()
-        self._expiring: list[tuple[float, int, int]] = []  # (when, number, sequence), a heap
-        self.drafts = 0
-        self.closed = False  # no more loads, drafts and saves
+        self._ended_loads = deque[Hold]()
+        self._ended_leases, self._abandoned_slots = deque[Sequence[int]](), deque[int]()
+        self._expiry = Expiry()
+        self.drafts, self.closed = 0, False  # once it is closed, there are no more loads, drafts and saves
 
     def check_open(self) -> None:
         """Raises ``StoreClosed`` once the store closes: what comes now could neither be kept nor given back. Locked."""
@@ -95,19 +100,15 @@ class Residency:
 
     def expire_at(self, number: int, when: float) -> None:
         """Notes that a block is to go at ``when`` (Unix seconds). Locked."""
-        heapq.heappush(self._expiring, (when, number, self.index.sequence[number]))
+        self._expiry.at(number, self.index.sequence[number], when)
 
     def _expire(self) -> None:
-        index, now = self.index, self.wall()
-        while self._expiring and self._expiring[0][0] <= now:
-            _, number, sequence = heapq.heappop(self._expiring)
-            if index.sequence[number] != sequence or not index.present(number):
-                continue
-            if index.expires[number] > now:  # it was saved again with more time
-                self.expire_at(number, index.expires[number])
-            elif index.expires[number]:
-                self.doom(number, erase=False)
-                self.counters.add("expired_blocks")
+        now = self.wall()
+        for number in self._expiry.due(self.index, now):
+            self.doom(number, erase=False)
+            self.counters.add("expired_blocks")
+        if ended := self.keeping.expire(now):
+            self.counters.add("expired_pins", ended)
 
     def abandon_disk(self, address: int, sequence: int) -> None:
         """A written slot that is nobody's block after all: the block was forgotten meanwhile. Locked."""
@@ -169,35 +170,31 @@ class Residency:
                 self._give_back(doomed)
             index.sweep(number)
 
-    def leased_bytes(self) -> int:
-        """Bytes of host slots that leases hold now. Locked."""
-        residents = self.residents
-        return sum(residents[n].layout.full_slot_bytes for n in self.index.leases if n in residents)
-
     # -- presence ----------------------------------------------------------------------------------------------
 
     def put_host(self, number: int, resident: Resident, tokens: bytes) -> None:
         """A block's bytes are in a host slot from now on. Locked."""
-        index = self.index
-        if not index.present(number):
-            index.link(number, tokens)
-        index.tokens[number] = tokens
+        if not self.index.present(number):
+            self.index.link(number, tokens)
+        self.index.tokens[number] = tokens
         self.residents[number] = resident
         self.host_payload += resident.payload
-        self.host_policy.insert(number, resident.payload)
+        self.host_policy.insert(number, self.arrival(number))
 
     def put_disk(self, number: int, address: int, stride: int) -> None:
-        """A block's bytes are on disk from now on; the caller touches its chain. Locked."""
-        index = self.index
-        index.disk[number] = address
-        index.stride[number] = stride
-        payload = self.payload(number)
-        self.disk_payload += payload
-        self.disk_policy.insert(number, payload)
+        """A block's bytes are on disk from now on; the caller arranges its chain. Locked."""
+        self.index.disk[number], self.index.stride[number] = address, stride
+        self.disk_payload += self.payload(number)
+        self.disk_policy.insert(number, self.arrival(number))
 
     def payload(self, number: int) -> int:
         """Bytes of a block's tokens, without padding. Locked."""
         return self.index.kind_of(number).layout.token_payload * self.index.count[number]
+
+    def arrival(self, number: int) -> Arrival:
+        """What policies are told of a block. Locked."""
+        index = self.index
+        return Arrival(self.payload(number), index.count[number], index.key[number], index.parent[number])
 
     def drop_host(self, number: int) -> None:
         """Evicts a block's host copy. Locked."""
@@ -232,7 +229,7 @@ class Residency:
             self._doomed.setdefault(number, []).append(doomed)
         else:
             self._give_back(doomed)
-        self.index.sweep(number)
+        index.sweep(number)
         return leased
 
     def keep_until_unleased(self, number: int, resident: Resident) -> None:
@@ -273,6 +270,9 @@ class Residency:
     def _leave(self, number: int, erase: bool = False) -> None:
         """Neither memory nor disk has the block any more; so the device may not, either."""
         self.index.unlink(number)
+        self.keeping.gone(number)
+        for policy in (self.host_policy, self.disk_policy):  # where jobs may still need what this number stood for
+            policy.remove(number)
         if self.hot is not None:
             self.hot.drop(number, erase)
 

@@ -16,12 +16,11 @@ def restore(residency: Residency, disk: Tier) -> None:
     gc.disable()  # millions of objects come in and none of them is garbage: the collector would only look for it
     try:
         order, lost = index.restore(disk.load())
-        bytes_per_token = [kind.layout.token_payload for kind in index.kinds]
-        kind, tokens, insert = index.kind, index.count, residency.disk_policy.insert
+        insert, arrival = residency.disk_policy.insert, residency.arrival
         for number in order:
-            payload = bytes_per_token[kind[number]] * tokens[number]
-            residency.disk_payload += payload
-            insert(number, payload)
+            arrived = arrival(number)
+            residency.disk_payload += arrived.size
+            insert(number, arrived)
     finally:
         if collecting:
             gc.enable()

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
+from itertools import filterfalse, islice
 
 from kvstore.eviction import victims
 from kvstore.families import NONE
 from kvstore.residency import Residency
+from kvstore.tiers.base import Tier
 
 EVICT_AHEAD = 512 << 20  # bytes that are kept free on disk at most, so that a write finds a slot that is ready
+KEEP_FREE = 1 / 32  # of memory, after each save
+FEW_MORE = 64  # blocks that are looked at besides, in vain
+
+
+def held_blocks(residency: Residency) -> Set[int]:
+    """Blocks that leases or pins hold where they are in memory. Locked."""
+    return residency.index.leases.keys() | residency.keeping.kept("host")
+
+
+def held_bytes(residency: Residency) -> int:
+    """Bytes of host slots that leases and pins hold now. Locked."""
+    residents = (residency.residents.get(number) for number in held_blocks(residency))
+    return sum(resident.layout.full_slot_bytes for resident in residents if resident is not None)
 
 
 def reserve_host(residency: Residency, slot_bytes: int) -> int | None:
-    """A host slot, evicting what may go; None when leases and unwritten blocks hold the rest. Locked."""
+    """A host slot, evicting what may go; None when leases, pins and unwritten blocks hold the rest. Locked."""
     found = reserve_hosts(residency, slot_bytes, 1)
     return found[0] if found else None
 
@@ -43,6 +59,28 @@ def reserve_hosts(residency: Residency, slot_bytes: int, count: int) -> list[int
     return found
 
 
+def keep_free(residency: Residency, slot_bytes: int) -> None:
+    """After a save: evicts from memory, a little at a time, until a share of it is free. Locked.
+
+    What comes next finds room without waiting, and the policy chooses among all blocks, those that just came included.
+    """
+    host = residency.host
+    wanted = (int(host.capacity * KEEP_FREE) - host.headroom(slot_bytes)) // slot_bytes
+    if wanted <= 0:
+        return
+    going: list[int] = []
+    candidates = filterfalse(residency.keeping.kept("host").__contains__, residency.host_policy.victims())
+    for number in islice(candidates, wanted + FEW_MORE):
+        address = _host_address(residency, number)
+        if address != NONE and host.same_class(address, slot_bytes):
+            going.append(number)
+            if len(going) == wanted:
+                break
+    for number in going:
+        residency.drop_host(number)
+    residency.counters.add("host_evicted_blocks", len(going))
+
+
 def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
     """A disk slot, evicting what may go. Locked.
 
@@ -53,7 +91,7 @@ def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
         return None
     disk = residency.disk
     address = disk.reserve(slot_bytes)
-    low = min(EVICT_AHEAD, disk.capacity // 16)
+    low = _low(disk)
     if address is not None and disk.headroom(slot_bytes) >= low:
         return address
     numbers = range(len(residency.index.key))
@@ -71,12 +109,34 @@ def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
     return address
 
 
+def disk_room(residency: Residency, slot_bytes: int) -> int:
+    """Bytes that can be written to disk in slots of this class before something goes for them. Locked."""
+    disk = residency.disk
+    return 0 if disk is None else max(disk.headroom(slot_bytes) - _low(disk), 0)
+
+
+def _low(disk: Tier) -> int:
+    return min(EVICT_AHEAD, disk.capacity // 16)
+
+
+def step_down(residency: Residency, number: int) -> int:
+    """A block that is on disk goes from memory now, unless something holds it there; bytes that are free now. Locked."""
+    resident = residency.residents.get(number)
+    if resident is None or residency.index.disk[number] == NONE or _host_address(residency, number) == NONE:
+        return 0
+    residency.drop_host(number)
+    return resident.layout.class_bytes(resident.stride)
+
+
 def _host_address(residency: Residency, number: int) -> int:
     """Host slot of a block that may go from there, or NONE."""
     resident = residency.residents.get(number)
-    if resident is None or number in residency.index.leases:
+    if resident is None or number in residency.index.leases or residency.keeping.stays("host", number):
         return NONE
     if resident.clean or residency.disk is None or resident.failed:
+        return resident.address
+    size = resident.layout.full_slot_bytes
+    if resident.unwanted and disk_room(residency, size) < size:
         return resident.address
     residency.write_soon(number)  # goes to disk first, and may go from here after that
     return NONE
@@ -84,4 +144,5 @@ def _host_address(residency: Residency, number: int) -> int:
 
 def _disk_address(residency: Residency, number: int) -> int:
     """Disk slot of a block that may go from there, or NONE."""
-    return NONE if number in residency.index.leases else residency.index.disk[number]
+    stays = number in residency.index.leases or residency.keeping.stays("disk", number)
+    return NONE if stays else residency.index.disk[number]

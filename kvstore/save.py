@@ -14,6 +14,7 @@ from kvstore.index import Kind
 from kvstore.keys import TOKEN_BYTES, Namespace, block_key, name_bytes
 from kvstore.layout import Layout
 from kvstore.residency import Residency, Resident
+from kvstore.room import keep_free
 from kvstore.writer import Durable, Writer
 
 MAX_NAME = 255  # bytes of an owner, a tenant or a writer
@@ -164,22 +165,18 @@ class Saver:
                 visible += len(piece) // TOKEN_BYTES
                 chain.append(number)
                 parent = number
-            residency.host_policy.touch(chain)
-            residency.disk_policy.touch(chain)
+            residency.host_policy.arrange(chain, served=True)
+            residency.disk_policy.arrange(chain, served=True)
             sequences = [(n, index.sequence[n], len(p) // TOKEN_BYTES) for n, p in zip(chain, pieces, strict=False)]
-            self._tell(new, layout)
+            for listener in self.listeners:
+                listener.extend(new)
+            residency.admit(chain)
+            keep_free(residency, layout.full_slot_bytes)
         for draft in drafts.values():
             draft.discard()
         residency.counters.add("saved_tokens", fresh)
+        residency.counters.add("saved_bytes", fresh * layout.token_payload)
         return Saved(self._writer, sequences, new, visible, fresh)
-
-    def _tell(self, new: list[int], layout: Layout) -> None:
-        """New blocks are there: full ones go to disk. Locked."""
-        for listener in self.listeners:
-            listener.extend(new)
-        for number in new if self._residency.disk is not None else ():
-            if self._residency.index.count[number] == layout.block_tokens:
-                self._writer.enqueue(number)
 
     def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
         """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""
@@ -215,6 +212,7 @@ class Saver:
         while at > 0 and piece.startswith(index.tokens_of(family[at - 1])):
             if not index.same_layout(family[at - 1], layout):
                 break
+            residency.keeping.pass_on(family[at - 1], number)
             residency.doom(family[at - 1], erase=False)  # a proper prefix: this block serves all that it served
             residency.counters.add("superseded_blocks")
             at -= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvstore.census import census
@@ -15,6 +15,7 @@ from kvstore.erasure import Eraser, Receipt
 from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
 from kvstore.families import NONE
 from kvstore.hot import Hot
+from kvstore.job import Answer, Job
 from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
 from kvstore.known import Known
 from kvstore.layout import Layout
@@ -23,7 +24,9 @@ from kvstore.load import Load
 from kvstore.loader import Loader
 from kvstore.match import Match
 from kvstore.mover import Mover
+from kvstore.notes import Notes
 from kvstore.policy import EvictionPolicy
+from kvstore.prefetch import Prefetcher
 from kvstore.residency import Residency
 from kvstore.restore import restore
 from kvstore.room import reserve_hosts
@@ -36,6 +39,7 @@ from kvstore.writer import Writer
 log = logging.getLogger("kvstore")
 
 CLOSE_SECONDS = 30.0
+LEARNED = "policies/host"  # the note that keeps what the policy has learned; that of the disk shares it
 
 
 class Store:
@@ -58,17 +62,19 @@ class Store:
         self._residency = Residency(host, disk, host_policy, disk_policy, hot)
         self._mover = Mover(on_error=lambda: self._residency.counters.add("failed_jobs"))
         self._loader = Loader(self._residency, self._mover)
+        self._prefetcher = Prefetcher(self._residency, self._loader, self._mover)
         self._writer = Writer(self._residency, self._mover)
         self._saver = Saver(self._residency, self._writer)
         self._eraser = Eraser(self._residency, self._mover)
         self._on_close, self._when_closed = on_close, closed
         self._pid = os.getpid()
         self._closed = False
-        self._notes: dict[str, str] = {}  # ``remember`` without a disk
-        self._known = Known(self._recall, self._remember)
+        self._notes = Notes(disk)
+        self._known = Known(self._notes.recall, self._notes.remember)
         self._discoveries = Discoveries(self._residency, self._saver.listeners)
         if disk is not None:
             restore(self._residency, disk)
+            self._residency.host_policy.learn(self._notes.recall(LEARNED) or "")
 
     def __enter__(self) -> Store:
         return self
@@ -157,6 +163,13 @@ class Store:
         self._alive()
         return self._loader.load(match, device)
 
+    def schedule(self, waiting: Sequence[Job]) -> list[Answer]:
+        """Hints: the whole queue of waiting jobs, the next one first, in every call anew. What they will read is kept,
+        and brought from disk ahead, nearest first, as far as there is room; the call waits for no read. Jobs that are
+        not in it any more have started, or never will. Takes microseconds for a block. Raises ``BadInput``."""
+        self._alive()
+        return self._prefetcher.schedule(waiting)
+
     def expect(self, layout: Layout) -> None:
         """An engine with caches of this layout is there: memory for its blocks is made ready beside it, from now on."""
         residency = self._alive()
@@ -235,27 +248,12 @@ class Store:
     def remember(self, name: str, value: str) -> None:
         """Keeps a small string beside the blocks (a checkpoint's digest), on disk where there is one."""
         self._alive()
-        self._remember(name, value)
+        self._notes.remember(name, value)
 
     def recall(self, name: str) -> str | None:
         """What ``remember`` kept under ``name``."""
         self._alive()
-        return self._recall(name)
-
-    def _remember(self, name: str, value: str) -> None:
-        disk = self._residency.disk
-        if disk is None:
-            self._notes[name] = value
-        else:
-            disk.remember(name, value)
-
-    def _recall(self, name: str) -> str | None:
-        disk = self._residency.disk
-        try:
-            return self._notes.get(name) if disk is None else disk.recall(name)
-        except TierError as error:
-            log.warning("a note cannot be read: %s", error)
-            return None
+        return self._notes.recall(name)
 
     def verify(self) -> list[Problem]:
         """Reads every block on disk and checks it; what is wrong with which."""
@@ -287,6 +285,8 @@ class Store:
             self._writer.abort()
             with residency.lock:
                 residency.settle()
+                learned = residency.host_policy.state()
+            self._notes.remember(LEARNED, learned)
             self._eraser.erase()
             if residency.disk is not None:
                 residency.disk.close()

@@ -85,6 +85,23 @@ class Walk:
         self.modular = True
 
 
+def chains_read(composition: Composition) -> list[tuple[Chain, int]]:
+    """What a prompt is read from when all of it is stored: chains, each from its first token that stands in it."""
+    walk, read = Walk(composition.mark), list[tuple[Chain, int]]()
+    for part in composition.parts:
+        here = walk.at(part.position)
+        if isinstance(part, Placement) and not here.goes_on_with(part):
+            if walk.open is not None:
+                read.append((walk.open.chain, 0))
+            read.append((part.chain.upto(part.stop), part.start))
+            walk.place(part)
+            continue
+        if here is not walk.open and walk.open is not None:
+            read.append((walk.open.chain, 0))
+        walk.start(part.position).token_ids += part.token_ids
+    return read if walk.open is None else [*read, (walk.open.chain, 0)]
+
+
 def chains_of(composition: Composition) -> list[Placement]:
     """Of a composition that is computed whole, each part as a placement of the chain that it becomes.
 

@@ -16,7 +16,7 @@ from kvstore.families import NONE
 from kvstore.layout import Layout
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
-from kvstore.room import reserve_disk
+from kvstore.room import disk_room, reserve_disk, step_down
 
 log = logging.getLogger("kvstore")
 
@@ -48,7 +48,7 @@ class Writer:
     def __init__(self, residency: Residency, mover: Mover) -> None:
         self._residency = residency
         self._mover = mover
-        residency.write_soon = self.enqueue
+        residency.write_soon, residency.admit = self.enqueue, self.admit
         self._scratch = threading.local()
         # Guarded by residency.lock:
         self._queued: set[int] = set()  # blocks that wait, are written or are made durable; each holds a lease
@@ -57,15 +57,50 @@ class Writer:
         self._committing = 0  # blocks in commits that run
 
     def enqueue(self, number: int) -> None:
-        """Queues a block for its disk write, once. Locked."""
+        """Queues a block for its disk write, once, and what it stands behind: nobody would find it without. Locked."""
+        while number >= 0 and self._queue(number):
+            number = self._residency.index.parent[number]
+
+    def _queue(self, number: int) -> bool:
+        """Whether the block was queued just now."""
         residency = self._residency
-        resident = residency.residents.get(number)
-        if residency.disk is None or resident is None or resident.clean or resident.failed or number in self._queued:
-            return
+        if not self._writable(number):
+            return False
         if not self._mover.submit(Priority.SAVE, (residency.index.sequence[number],), lambda: self._write(number)):
-            return
+            return False
         self._queued.add(number)
         residency.hold([number])
+        return True
+
+    def _writable(self, number: int) -> bool:
+        """Whether the block is in memory only, waits for no write, and might be written."""
+        resident = self._residency.residents.get(number)
+        if self._residency.disk is None or resident is None or number in self._queued:
+            return False
+        return not (resident.clean or resident.failed)
+
+    def admit(self, chain: Sequence[int]) -> None:
+        """Which of a chain's unwritten blocks, root first, are to go to disk: all, while there is room; then those that
+        the policy wants, and what stands before them. Full blocks are queued; partial ones wait until they are evicted
+        or asked for. What is not wanted may be evicted unwritten; it is asked about anew at each use. Locked."""
+        residency = self._residency
+        unwritten = [number for number in chain if self._writable(number)]
+        if not unwritten:
+            return
+        index, keeping = residency.index, residency.keeping
+        layout = residency.residents[unwritten[0]].layout
+        admitted = disk_room(residency, layout.full_slot_bytes) // layout.full_slot_bytes - len(self._queued)
+        for at in range(len(unwritten), max(admitted, 0), -1):
+            number = unwritten[at - 1]
+            if keeping.stays("disk", number) or residency.host_policy.admits(number):
+                admitted = at
+                break
+        for at, number in enumerate(unwritten):
+            resident, unwanted = residency.residents[number], at >= admitted
+            residency.counters.add("not_admitted_blocks", unwanted > resident.unwanted)
+            resident.unwanted = unwanted
+            if not unwanted and index.count[number] == layout.block_tokens:
+                self.enqueue(number)
 
     def _write(self, number: int) -> None:
         """Worker: one block to disk, and every so often what was written into the index."""
@@ -183,8 +218,8 @@ class Writer:
                     self._give_up(w.number, w.resident)
             parents = {residency.index.parent[number] for number in stored}
             for number in stored:
-                if number not in parents:  # the last of its chain here: one touch puts all before it in order
-                    residency.disk_policy.touch(residency.index.chain(number))
+                if number not in parents:  # the last of its chain here: all before it is in its chain
+                    residency.disk_policy.arrange(residency.index.chain(number))
             residency.counters.add("disk_written_blocks", len(stored))
 
     def _unwrite(self, number: int, resident: Resident, address: int, sequence: int) -> None:
@@ -211,6 +246,8 @@ class Writer:
         if residency.residents.get(number) is not resident:
             self.enqueue(number)
         residency.unhold([number])
+        if resident is not None and resident.demoted and residency.residents.get(number) is resident:
+            step_down(residency, number)
         residency.changed.notify_all()
 
     def abort(self) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from kvstore.policies.base import Unlearning
+from kvstore.policy import Arrival
 
-class LRU:
+
+class LRU(Unlearning):
     """Evicts the block that was used longest ago.
 
     A chain is touched from its last block to its root, so a parent is always younger than its children and the plain
@@ -16,8 +19,8 @@ class LRU:
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()  # oldest first
 
-    def insert(self, block: int, size: int) -> None:
-        """O(1). A new block is the youngest until its chain is touched."""
+    def insert(self, block: int, arrival: Arrival) -> None:
+        """O(1). A new block is the youngest until its chain is arranged."""
         self._order[block] = None
 
     def touch(self, chain: Sequence[int]) -> None:
@@ -26,6 +29,10 @@ class LRU:
         for block in reversed(chain):
             if block in order:
                 order.move_to_end(block)
+
+    def arrange(self, chain: Sequence[int], served: bool = False) -> None:
+        """The same."""
+        self.touch(chain)
 
     def remove(self, block: int) -> None:
         """O(1)."""

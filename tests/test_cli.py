@@ -234,12 +234,11 @@ def saved_model(folder: Path, template: bool, model: Any) -> Path:
 def test_a_model_of_ones_own(command: Command, tmp_path: Path, template: bool) -> None:
     model = models.tiny_llama(256, layers=1, width=32, heads=1, kv_heads=1)
     folder = saved_model(tmp_path / "mine", template, model)
-    said = command(
-        "replay", DEMO, "--model", folder, "--conversations", 1, "--json", tmp_path / "out.json", "--tokens", 2
-    )
+    words = ("--conversations", 1, "--json", tmp_path / "out.json", "--tokens", 2, "--queue", 3)
+    said = command("replay", DEMO, "--model", folder, *words)
     assert said.code == 0, said.err
     result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
-    assert result["model"] == "mine" and result["tokens_equal"]
+    assert result["model"] == "mine" and result["tokens_equal"] and result["settings"]["queue"] == 3
     assert result["cached_tokens"] > result["prompt_tokens"] / 2
 
 

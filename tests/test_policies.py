@@ -1,17 +1,69 @@
-"""The contract of ``policy.EvictionPolicy``; every policy's tests inherit it."""
+"""The contract of ``policy.EvictionPolicy`` for every policy, what shows that it finds faults, and LRU."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import pytest
+from policy_contract import Contract, Driver, Make, arrival, bring, faults
 
+from kvstore.policies.arc import ARC
+from kvstore.policies.base import Unlearning
+from kvstore.policies.clock import CLOCK
+from kvstore.policies.fifo import FIFO
+from kvstore.policies.gdsf import GDSF
+from kvstore.policies.lfu_da import LFUDA
 from kvstore.policies.lru import LRU
-from kvstore.policy import EvictionPolicy
+from kvstore.policies.lru2 import LRU2
+from kvstore.policies.s3_fifo import S3FIFO
+from kvstore.policy import Arrival, EvictionPolicy
+
+# Their victims do not change while nothing but looking at them happens.
+STEADY: list[Make] = [LRU, FIFO, CLOCK, LRU2, LFUDA, GDSF]
+POLICIES: list[Make] = [*STEADY, ARC, S3FIFO]
 
 
-class NaiveLRU:
+def named(policy: object) -> str:
+    return getattr(policy, "__name__", str(policy))
+
+
+class TestPolicies(Contract):
+    @pytest.fixture(params=POLICIES, ids=named)
+    def make(self, request: pytest.FixtureRequest) -> Make:
+        made: Make = request.param
+        return made
+
+
+@pytest.mark.parametrize("make", STEADY, ids=named)
+def test_victims_that_are_asked_for_again_are_the_same(make: Make, seed: int) -> None:
+    for number in range(10):
+        draw = random.Random(seed + number)
+        looked_at, other = Driver(make(), seed + number), Driver(make(), seed + number)
+        for _ in range(60):
+            looked_at.step()
+            other.step()
+            if draw.random() < 0.3:
+                seen = list(islice(looked_at.policy.victims(), draw.randrange(10)))
+                order = list(other.policy.victims())
+                assert order[: len(seen)] == seen
+                assert list(looked_at.policy.victims()) == order
+
+
+@pytest.mark.parametrize("make", POLICIES, ids=named)
+def test_a_block_inherits_nothing_from_another_of_its_number(make: Make) -> None:
+    policy = make()
+    bring(policy, [0])
+    for _ in range(3):
+        policy.touch([0])
+    policy.remove(0)
+    policy.insert(0, arrival("another"))
+    bring(policy, [1])
+    assert list(policy.victims()) == [0, 1]
+
+
+class NaiveLRU(Unlearning):
     """What ``LRU`` means, without any cleverness: the time of each block's last use, sorted when asked."""
 
     def __init__(self) -> None:
@@ -22,7 +74,7 @@ class NaiveLRU:
         self._clock += 1
         self._used[block] = self._clock
 
-    def insert(self, block: int, size: int) -> None:
+    def insert(self, block: int, arrival: Arrival) -> None:
         if block not in self._used:
             self._use(block)
 
@@ -30,6 +82,9 @@ class NaiveLRU:
         for block in reversed(chain):
             if block in self._used:
                 self._use(block)
+
+    def arrange(self, chain: Sequence[int], served: bool = False) -> None:
+        self.touch(chain)
 
     def remove(self, block: int) -> None:
         self._used.pop(block, None)
@@ -41,11 +96,25 @@ class NaiveLRU:
         return len(self._used)
 
 
-class RootFirst(LRU):
-    """A planted fault: touches a chain from its root on, so that the parent is the oldest."""
+class TestNaiveLRU(Contract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return NaiveLRU
 
-    def touch(self, chain: Sequence[int]) -> None:
-        super().touch(list(reversed(chain)))
+
+def test_lru_is_what_the_naive_one_is(seed: int) -> None:
+    clever, naive = Driver(LRU(), seed), Driver(NaiveLRU(), seed)
+    for _ in range(1000):
+        clever.step()
+        naive.step()
+        assert list(clever.policy.victims()) == list(naive.policy.victims())
+
+
+class RootFirst(LRU):
+    """A planted fault: a chain is arranged from its root on, so that the parent is the oldest."""
+
+    def arrange(self, chain: Sequence[int], served: bool = False) -> None:
+        super().arrange(list(reversed(chain)), served)
 
 
 class Forgetful(LRU):
@@ -53,125 +122,65 @@ class Forgetful(LRU):
 
     def touch(self, chain: Sequence[int]) -> None:
         for block in reversed(chain):
-            self.insert(block, 1)
+            self._order[block] = None
         super().touch(chain)
 
 
-class Driver:
-    """Random chains over a growing forest, as a store would touch them."""
+class Treeless(FIFO):
+    """A planted fault: it does not see what stands behind what."""
 
-    def __init__(self, policy: EvictionPolicy, seed: int) -> None:
-        self.policy = policy
-        self.draw = random.Random(seed)
-        self.parent: dict[int, int | None] = {}
-        self.known: set[int] = set()
+    def insert(self, block: int, arrival: Arrival) -> None:
+        super().insert(block, arrival._replace(parent=-1))
 
-    def chain(self, block: int | None) -> list[int]:
-        chain: list[int] = []
-        while block is not None:
-            chain.append(block)
-            block = self.parent[block]
-        return chain[::-1]
 
-    def step(self) -> None:
-        blocks = list(self.parent)
-        what = self.draw.random()
-        if what < 0.4 or not blocks:
-            block = len(self.parent)
-            self.parent[block] = self.draw.choice([None, *blocks[-8:]]) if blocks else None
-            self.policy.insert(block, self.draw.randrange(1, 100))
-            self.known.add(block)
-            self.policy.touch(self.chain(block))
-        elif what < 0.7:
-            self.policy.touch(self.chain(self.draw.choice(blocks)))
-        elif what < 0.8:
-            block = self.draw.choice(blocks)
-            self.policy.insert(block, 7)  # known: resized; else back in a tier
-            self.known.add(block)
-            self.policy.touch(self.chain(block))
-        elif what < 0.9:
-            for block in list(self.take(self.draw.randrange(3))):
-                self.policy.remove(block)
-                self.known.discard(block)
-        else:
-            block = self.draw.choice([*blocks, 10**9])
-            self.policy.remove(block)
-            self.known.discard(block)
+class Hasty(GDSF):
+    """A planted fault: a block that is known comes in a second time, behind another."""
 
-    def take(self, count: int) -> Iterator[int]:
-        for block, _ in zip(self.policy.victims(), range(count), strict=False):
+    def insert(self, block: int, arrival: Arrival) -> None:
+        self.remove(block)
+        super().insert(block, arrival)
+
+
+class LeavesOnly(LRU2):
+    """A planted fault: it ends when it has given every leaf."""
+
+    def victims(self) -> Iterator[int]:
+        leaves = [block for block in super().victims() if self._leaves.is_leaf(block)]
+        return iter(leaves)
+
+
+class Dropping(CLOCK):
+    """A planted fault: what it gave and nobody removed is lost."""
+
+    def victims(self) -> Iterator[int]:
+        for block in list(super().victims()):
             yield block
-
-    def faults(self) -> list[str]:
-        order = list(self.policy.victims())
-        found = []
-        if len(order) != len(set(order)) or set(order) != self.known:
-            found.append("the blocks are not those that came and stayed")
-        if len(self.policy) != len(self.known):
-            found.append("its length is not the number of blocks")
-        place = {block: at for at, block in enumerate(order)}
-        for block in order:
-            for above in self.chain(block)[:-1]:
-                if above in place and place[above] < place[block]:
-                    found.append(f"{above} comes before its descendant {block}")
-        return found
+            self.remove(block)
 
 
-def faults(policy: EvictionPolicy, seed: int, steps: int = 400) -> list[str]:
-    """The first promises of the contract that a policy breaks under random use."""
-    driver = Driver(policy, seed)
-    for _ in range(steps):
-        driver.step()
-        if found := driver.faults():
-            return found
-    return []
+class Counting(LRU):
+    """A planted fault: a block that was removed twice is counted twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._removed = 0
+
+    def remove(self, block: int) -> None:
+        self._removed += block not in self._order
+        super().remove(block)
+
+    def __len__(self) -> int:
+        return super().__len__() - self._removed
 
 
-class Contract:
-    """What each policy promises. Subclasses say how to make one."""
-
-    make: Callable[[], EvictionPolicy]
-
-    def test_children_come_before_parents(self, seed: int) -> None:
-        for number in range(10):
-            assert faults(type(self).make(), seed + number) == []
-
-    def test_it_begins_empty(self) -> None:
-        policy = type(self).make()
-        assert len(policy) == 0 and list(policy.victims()) == []
-
-    def test_unknown_blocks_are_no_error(self) -> None:
-        policy = type(self).make()
-        policy.touch([1, 2, 3])
-        policy.remove(7)
-        assert len(policy) == 0
-
-    def test_the_caller_may_stop_anywhere(self) -> None:
-        policy = type(self).make()
-        for block in range(100):
-            policy.insert(block, 1)
-            policy.touch([block])
-        for left in range(100, 0, -1):
-            assert len(policy) == left
-            policy.remove(next(iter(policy.victims())))
-        assert len(policy) == 0
-
-
-class TestLRU(Contract):
-    make = LRU
-
-    def test_it_is_what_the_naive_one_is(self, seed: int) -> None:
-        clever, naive = Driver(LRU(), seed), Driver(NaiveLRU(), seed)
-        for _ in range(1000):
-            clever.step()
-            naive.step()
-            assert list(clever.policy.victims()) == list(naive.policy.victims())
-
-
-class TestNaiveLRU(Contract):
-    make = NaiveLRU
-
-
-@pytest.mark.parametrize("planted", [RootFirst, Forgetful])
-def test_a_planted_fault_is_found(planted: Callable[[], EvictionPolicy], seed: int) -> None:
+@pytest.mark.parametrize("planted", [RootFirst, Forgetful, Treeless, Hasty, LeavesOnly, Dropping, Counting])
+def test_a_planted_fault_is_found(planted: type[EvictionPolicy], seed: int) -> None:
     assert faults(planted(), seed) != []
+
+
+def test_bringing_a_chain_is_what_the_store_does() -> None:
+    policy = LRU()
+    bring(policy, [0, 1])
+    bring(policy, [2])
+    bring(policy, [0, 1, 3], first=2)
+    assert list(policy.victims()) == [2, 3, 1, 0]

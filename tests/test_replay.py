@@ -97,6 +97,22 @@ def test_scarce_memory_costs_hits_and_changes_nothing(tmp_path: Path, subject: S
     assert sum(result["tokens_by_tier"].values()) == result["cached_tokens"]
 
 
+def test_a_queue_that_the_store_sees_brings_turns_from_memory(tmp_path: Path, subject: Subject) -> None:
+    """As scarce as above: what comes next is read ahead and kept, and nothing else changes."""
+    results = []
+    for queue in (0, 8):
+        with kvstore.open(tmp_path / f"cache-{queue}", host="1MiB", disk="256MiB") as store:
+            run = replayed(subject, store, logs.read(DEMO), tokens=2, interleave=True, queue=queue)
+            assert leases_left(store) == 0
+            results.append(summary.summarize(run, "demo", {}))
+    blind, told = results
+    assert blind["tokens_equal"] and told["tokens_equal"]
+    assert told["cached_tokens"] > 0.95 * blind["cached_tokens"]
+    assert told["tokens_by_tier"]["host"] > 1.2 * blind["tokens_by_tier"]["host"]
+    assert told["tokens_by_tier"]["disk"] < 0.8 * blind["tokens_by_tier"]["disk"]
+    assert told["counters"]["prefetched_blocks"] > 0 and "prefetched_blocks" not in blind["counters"]
+
+
 def test_all_formats_of_prompts_replay(tmp_path: Path, subject: Subject, seed: int) -> None:
     """Ids instead of text, and a session that comes back after the store was closed."""
     generator = torch.Generator().manual_seed(seed)

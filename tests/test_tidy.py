@@ -19,18 +19,17 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 
 # From the ground up; a module may import its own floor and those below, and never in a circle.
 FLOORS = (
-    "errors",
+    "errors expiry throughput",
     "keys layout lease files policy metrics counters compiled xxh3 checksum",
     "block plan",
     "composition walk tensors",
     "pml",
     "tiers policies families",
     "index mover eviction match",
-    "known hot residency",
-    "room fetch erasure restore census",
-    "writer",
-    "load save discovery",
-    "loader",
+    "known hot residency job",
+    "room fetch erasure restore census notes waiting",
+    "writer load save discovery",
+    "loader outlook upload prefetch",
     "store",
     "assembly",
     "config",
@@ -55,18 +54,19 @@ THIRD_PARTY = {
     "tensors": FRAMEWORKS | {"llvmlite", "numba", "triton"},
     "cli": {"rich", "typer"},
 }
-# They see no concrete tier or policy, but for host memory, which every byte passes through: the one tier of its kind.
+# They see no concrete tier or policy, but those that are alone of their kind: host memory, and the order of the queue.
 ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency", "restore", "room", "fetch", "erasure"}
 ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census", "discovery"}
-PORTS = {"tiers.base", "tiers.host"}
+PORTS = {"tiers.base", "tiers.host", "policies.look_ahead"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
-PUBLIC |= {"plan", "policies", "composition", "assembly", "walk"}
+PUBLIC |= {"plan", "policies", "composition", "assembly", "walk", "job"}
 BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
 # Top loops of threads and of a long run, which must survive anything: "module:function".
 BROAD_EXCEPT = {
     "adapters.transformers.ahead:_run",
     "adapters.transformers.loaded:_tried",
+    "adapters.transformers.request:hear",
     "mover:_work",
     "mover:_run",
     "compiled:_run",

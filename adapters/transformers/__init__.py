@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstore.adapters.transformers.hit import Hit
+    from kvstore.adapters.transformers.loop import Loop
+    from kvstore.adapters.transformers.request import Request
     from kvstore.adapters.transformers.reuse import Reuse
 
-__all__ = ["Hit", "Reuse"]
+__all__ = ["Hit", "Loop", "Request", "Reuse"]
 
 
 def __getattr__(name: str) -> object:
@@ -26,4 +28,12 @@ def __getattr__(name: str) -> object:
         from kvstore.adapters.transformers.hit import Hit
 
         return Hit
+    if name == "Loop":
+        from kvstore.adapters.transformers.loop import Loop
+
+        return Loop
+    if name == "Request":
+        from kvstore.adapters.transformers.request import Request
+
+        return Request
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

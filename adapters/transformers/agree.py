@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from kvstore.adapters.transformers.hit import sequences_of
+from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.errors import BadInput
 
 
@@ -25,6 +28,21 @@ def agreed_tokens(number: int, out: Sequence[int], columns: Sequence[bool], reco
         f"row {number} of the output differs at token {best} from what the model read with this cache; nothing was "
         "saved: give the output that was generated with this hit"
     )
+
+
+def agreed_rows(out: Any, recorder: Recorder, ends: Sequence[int], padding: int | None) -> list[int]:
+    """How many tokens of each row's chain the output confirms, as ``generate`` returns it. Raises ``BadInput``."""
+    sequences = sequences_of(out)
+    if not sequences or len(sequences) % len(recorder.rows):
+        raise BadInput(f"the output has {len(sequences)} rows, the cache {len(recorder.rows)}")
+    each = len(sequences) // len(recorder.rows)
+    agreed = []
+    for number, row in enumerate(recorder.rows):
+        ids = without_trailing_padding(sequences[number * each], ends, padding)
+        read = [*row.seat.before, *row.ids[row.seat.first :]]
+        tokens = agreed_tokens(number, ids, recorder.columns[number].tolist(), read)
+        agreed.append(max(0, tokens - len(row.seat.before) + row.seat.first))
+    return agreed
 
 
 def without_trailing_padding(out: Sequence[int], ends: Sequence[int], padding: int | None) -> list[int]:

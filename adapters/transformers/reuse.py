@@ -9,22 +9,24 @@ from typing import Any
 import torch
 
 from kvstore.adapters.transformers import capture, generating, watch
-from kvstore.adapters.transformers.agree import agreed_tokens, without_trailing_padding
+from kvstore.adapters.transformers.agree import agreed_rows
 from kvstore.adapters.transformers.attach import attach_test
 from kvstore.adapters.transformers.batch import Prompts, read_prompts, to_callers_format
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.encode import Encoded, encode, encodings
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
-from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn, sequences_of
+from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn
 from kvstore.adapters.transformers.hook import hook
 from kvstore.adapters.transformers.joined import Joined, empty
 from kvstore.adapters.transformers.mode import RECOMPUTED, How, Links, compose
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.staging import staging_on
+from kvstore.adapters.transformers.waiting import schedule
 from kvstore.adapters.transformers.window import WindowCache
 from kvstore.adapters.transformers.windowed import Windowed
 from kvstore.composition import Composition
 from kvstore.errors import BadInput, Unsupported
+from kvstore.job import Answer
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import BLOCK_TOKENS, Layout
 from kvstore.plan import LayerPlan
@@ -166,16 +168,7 @@ class Reuse:
         if cache.tenant != tenant:
             raise BadInput(f"this hit was loaded for tenant {cache.tenant!r}, so it cannot be saved for {tenant!r}")
         recorder, single, joined = cache.recorder, len(cache.recorder.rows) == 1, self._joined
-        sequences = sequences_of(out)
-        if not sequences or len(sequences) % len(recorder.rows):
-            raise BadInput(f"the output has {len(sequences)} rows, the cache {len(recorder.rows)}")
-        each = len(sequences) // len(recorder.rows)
-        agreed = []
-        for number, row in enumerate(recorder.rows):
-            ids = without_trailing_padding(sequences[number * each], generating.ends(self._base), self._padding)
-            read = [*row.seat.before, *row.ids[row.seat.first :]]
-            tokens = agreed_tokens(number, ids, recorder.columns[number].tolist(), read)
-            agreed.append(max(0, tokens - len(row.seat.before) + row.seat.first))
+        agreed = agreed_rows(out, recorder, generating.ends(self._base), self._padding)
         refused = cache.stamp if isinstance(cache.stamp, str) else self._changed()
         if refused is not None or cache.stamp is not joined.stamp:
             recorder.end_all("saving was refused")
@@ -236,6 +229,13 @@ class Reuse:
         if changed is not None:
             raise Unsupported(changed)
         return encode(self._joined, encodings(schema, segments), tenant, owner, ttl, pin, progress)
+
+    def schedule(self, waiting: Sequence[Any], tenant: str = "") -> list[Answer]:
+        """Hints, as ``Store.schedule``: the whole queue of prompts that wait to be loaded, the next one first, each as
+        token ids, a ``Composition``, or a ``kvstore.Job``. Answers for the first two are named by their place."""
+        changed = self._changed()
+        fingerprint = self.fingerprint if changed is None else Fingerprint({"changed": changed})
+        return schedule(self._joined, Namespace(fingerprint, tenant), waiting, self._padding)
 
     def window(self, policy: Window) -> WindowCache:
         """An empty cache of constant size for a conversation that is not stored: for the model, or ``generate``."""

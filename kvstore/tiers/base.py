@@ -166,6 +166,10 @@ class DeviceSlots(Protocol):
     def erase(self, addresses: Sequence[int]) -> Event:
         """Zeroes slots that the caller still owns, behind what was noted for them; an event for when it is over."""
 
+    def upload(self, address: int, source: memoryview) -> Event:
+        """Copies host memory, which stays as it is until the event, to the beginning of a slot, behind what was noted
+        for the slot, and notes it. Raises ``TierError``."""
+
     def gauges(self) -> dict[str, int]:
         """``device_capacity`` and ``device_missing_bytes``: what of the wanted bytes could not be had."""
 

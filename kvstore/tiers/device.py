@@ -63,7 +63,7 @@ class DeviceTier:
         self._events: dict[int, list[Event]] = {}  # of slots
         self._before: dict[int, list[Event]] = {}  # of extents: of whom had these bytes before, under other addresses
         self._left: list[Event] = []  # of extents that are gone
-        self._eraser: Stream | None = None
+        self._streams: dict[str, Stream] = {}  # the tier's own, by name
 
     def _open(self, capacity: int, take: Callable[[int, torch.device], torch.Tensor]) -> torch.Tensor | None:
         if not present(self.device):
@@ -185,36 +185,63 @@ class DeviceTier:
     def erase(self, addresses: Sequence[int]) -> Event:
         """See ``DeviceSlots``; by one thread at a time. Raises ``TierError``."""
         try:
-            if self._eraser is None:
-                cuda = self.device.type == "cuda"
-                self._eraser = CudaStream(self.device) if cuda else ThreadStream("kvstore-device")
+            stream = self._stream("kvstore-device")
             for address in addresses:
-                self.ready(address, self._eraser)
-                self._eraser.run(partial(_zero, self.memory(address)))
-            event = self._eraser.record()
+                self.ready(address, stream)
+                stream.run(partial(_zero, self.memory(address)))
+            event = stream.record()
         except RuntimeError as error:
             raise TierError(f"slots on {self.device} cannot be erased: {error}") from error
         for address in addresses:
             self.note(address, event)
         return event
 
+    def upload(self, address: int, source: memoryview) -> Event:
+        """See ``DeviceSlots``. Any thread."""
+        try:
+            stream = self._stream("kvstore-upload")
+            self.ready(address, stream)
+            stream.run(partial(_copy, self.memory(address), source))
+            event = stream.record()
+        except RuntimeError as error:
+            raise TierError(f"a slot on {self.device} cannot be filled: {error}") from error
+        self.note(address, event)
+        return event
+
+    def _stream(self, name: str) -> Stream:
+        """One of the tier's own, started by the first who asks."""
+        with self._lock:
+            if name not in self._streams:
+                cuda = self.device.type == "cuda"
+                self._streams[name] = CudaStream(self.device) if cuda else ThreadStream(name)
+            return self._streams[name]
+
     def close(self) -> None:
         """See ``DeviceSlots``. Again is no error."""
         with self._lock:
             events = [event for several in (*self._events.values(), *self._before.values()) for event in several]
             events += self._left
-        try:
-            for event in events:
-                event.wait()
-            if self._eraser is not None:
-                self._eraser.close()
-        except RuntimeError as error:
-            log.warning("the device tier could not be closed well: %s", error)
+            streams = list(self._streams.values())
+        ends: list[Callable[[], None]] = [partial(_wait, events), *(stream.close for stream in streams)]
+        for end in ends:
+            try:
+                end()
+            except RuntimeError as error:
+                log.warning("the device tier could not be closed well: %s", error)
         self._pool = None
 
 
 def _zero(memory: torch.Tensor) -> None:
     memory.zero_()
+
+
+def _copy(memory: torch.Tensor, source: memoryview) -> None:
+    memory[: len(source)].copy_(torch.frombuffer(source, dtype=torch.uint8), non_blocking=True)
+
+
+def _wait(events: Iterable[Event]) -> None:
+    for event in events:
+        event.wait()
 
 
 def _under_way(events: Iterable[Event]) -> list[Event]:

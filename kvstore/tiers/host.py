@@ -103,6 +103,11 @@ class HostTier:
         if not self._slab.free_slots(slot_bytes) and self._slab.room >= slot_bytes:
             self._slab.extend(slot_bytes)
 
+    def headroom(self, slot_bytes: int) -> int:
+        """Bytes that ``reserve`` can give in slots of this class before something must go."""
+        slots = self._slab.free_slots(slot_bytes) + max(self._slab.room, 0) // slot_bytes
+        return slots * slot_bytes
+
     def free(self, address: int) -> None:
         """Gives a slot back."""
         self._slab.free(address)

@@ -182,6 +182,13 @@ class NaiveDevice:
             self._slots[address][:] = bytes(len(self._slots[address]))
         return CallerStream().record()
 
+    def upload(self, address: int, source: memoryview) -> Event:
+        """See ``DeviceSlots``; at once, and so it blocks."""
+        for event in self._events:
+            event.wait()
+        self._slots[address][: len(source)] = source
+        return CallerStream().record()
+
     def gauges(self) -> dict[str, int]:
         """See ``DeviceSlots``."""
         return {"device_capacity": self.capacity, "device_missing_bytes": 0}
