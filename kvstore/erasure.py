@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 
 from kvstore.errors import BadInput, TierError
+from kvstore.match import Match
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency
 
@@ -32,11 +33,13 @@ class Eraser:
         self._erasing = threading.Lock()  # one at a time: who comes back may say that all is gone
         residency.erase_soon = self._erase_soon
 
-    def forget(self, tenant: str | None, owner: str | None, older_than: float | None) -> Receipt:
+    def forget(
+        self, tenant: str | None, owner: str | None, older_than: float | None, match: Match | None = None
+    ) -> Receipt:
         """See ``Store.forget``."""
         residency = self._residency
-        if tenant is None and owner is None and older_than is None:
-            raise BadInput("forget needs a tenant, an owner or an age: an empty call would erase everything")
+        if tenant is None and owner is None and older_than is None and match is None:
+            raise BadInput("forget needs a tenant, an owner, an age or a match: an empty call would erase everything")
         blocks = size = deferred = 0
         with residency.lock:
             residency.check_open()
@@ -48,8 +51,11 @@ class Eraser:
                 for i, kind in enumerate(index.kinds)
                 if (tenant is None or kind.tenant == tenant) and (owner is None or kind.owner == owner)
             }
+            numbers = list(index.number.values()) if match is None else self._of(match)
+            if match is not None:
+                wanted &= {index.kind[number] for number in numbers}
             deferred += residency.erase_doomed(wanted)  # superseded or expired, and held or being written
-            numbers = [n for n in list(index.number.values()) if index.kind[n] in wanted and index.created[n] <= before]
+            numbers = [n for n in numbers if index.kind[n] in wanted and index.created[n] <= before]
             for number in sorted(numbers, key=index.sequence.__getitem__, reverse=True):
                 if index.present(number):
                     blocks += 1
@@ -58,6 +64,21 @@ class Eraser:
         residency.counters.add("forgotten_blocks", blocks)
         deferred += self.erase(always=True)  # slots of blocks that were evicted may hold such bytes, too
         return Receipt(blocks, size, deferred)
+
+    def _of(self, match: Match) -> list[int]:
+        """The blocks of a match, whose lease ends, and all that stand behind them. Locked."""
+        parent = self._residency.index.parent
+        found, others = {number for number, _ in match.held()}, set[int]()
+        match.release()
+        self._residency.settle()
+        numbers = list(self._residency.index.number.values())
+        for number in numbers:
+            path = []
+            while number >= 0 and number not in found and number not in others:
+                path.append(number)
+                number = parent[number]
+            (found if number in found else others).update(path)
+        return [number for number in numbers if number in found]
 
     def _erase_soon(self) -> None:
         self._mover.submit(Priority.SAVE, (0,), self._job)

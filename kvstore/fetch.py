@@ -76,7 +76,7 @@ class Fetch:
     def hasten(self, place: int) -> list[int]:
         """Somebody waits for it from now on, at this place of a load. Returns the parts to ask for once more."""
         with self.progress:
-            if self.priority == Priority.DEMAND:
+            if self.priority == Priority.DEMAND and not self._turn[0]:
                 return []
             self.priority, self._turn = Priority.DEMAND, (0, place)
             asked = range(1, len(self.parts)) if self._spread else range(1)

@@ -80,15 +80,15 @@ class Keeping:
         pinned = self.pins[tier].sizes.keys()
         return pinned | self.retained.sizes.keys() if tier == self.last else pinned
 
-    def add(self, keep: Keep, number: int, sizes: Sequence[int], until: float) -> Account | None:
-        """A block joins a keep, behind those that did before; ``sizes``: its bytes in each account. Returns the account
-        that has no room for it, and then nothing has changed."""
-        for account, size in zip(keep.accounts, sizes, strict=True):
+    def add(self, keep: Keep, number: int, size: int, until: float) -> Account | None:
+        """A block of this size joins a keep, behind those that did before. Returns the account that has no room for it;
+        then nothing has changed."""
+        for account in keep.accounts:
             if not account.fits(number, size):
                 return account
         keep.until[number] = until
         self._of.setdefault(number, []).append(keep)
-        for account, size in zip(keep.accounts, sizes, strict=True):
+        for account in keep.accounts:
             account.take(number, size)
         return None
 

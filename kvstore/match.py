@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvstore.errors import BadInput
 from kvstore.layout import Layout
 from kvstore.lease import Lease
 
@@ -48,6 +49,12 @@ class Match:
         self.token_ids = token_ids  # of ``blocks``
         self.skipped = skipped  # leading tokens whose blocks are no part of it
         self.loaded = False  # a load has taken over the lease
+
+    def held(self) -> list[tuple[int, int]]:
+        """``blocks``, whose numbers stand for them while the lease lasts. Raises ``BadInput`` when it is over."""
+        if not self.lease.active:
+            raise BadInput("the match was released, or its load was; match again")
+        return self.blocks
 
     def release(self) -> None:
         """Ends the lease, unless a load has taken it over; also happens when the match is dropped."""

@@ -26,7 +26,7 @@ class Prefetcher:
 
     def __init__(self, residency: Residency, loader: Loader, mover: Mover) -> None:
         self._residency, self._loader = residency, loader
-        self._uploader = None if residency.hot is None else Uploader(residency, residency.hot, mover)
+        self.uploader = None if residency.hot is None else Uploader(residency, residency.hot, mover)
         self._turn = threading.Lock()  # one call at a time; guards the fields below
         self._queue: dict[object, Waiting] = {}  # by name, as the last call left it
         self._windows = Windows()
@@ -47,13 +47,13 @@ class Prefetcher:
                 outlook = Outlook(residency, self._loader, self._windows, left, list(queue.values()))
                 self._kept = outlook.kept
                 started = outlook.begin()
-                uploads = self._uploader.begin(outlook.chains, outlook.jobs) if self._uploader else ()
+                uploads = self.uploader.begin(outlook.chains, outlook.jobs) if self.uploader else ()
                 answers = outlook.answers()
             self._queue = queue
             for fetch in started:
                 self._loader.submit(fetch, 0)
-            if self._uploader is not None:
-                self._uploader.submit(uploads)
+            if self.uploader is not None:
+                self.uploader.submit(uploads)
         return answers
 
     def _read(self, waiting: Sequence[Job]) -> dict[object, Waiting]:

@@ -68,17 +68,23 @@ def keep_free(residency: Residency, slot_bytes: int) -> None:
     wanted = (int(host.capacity * KEEP_FREE) - host.headroom(slot_bytes)) // slot_bytes
     if wanted <= 0:
         return
-    going: list[int] = []
-    candidates = filterfalse(residency.keeping.kept("host").__contains__, residency.host_policy.victims())
-    for number in islice(candidates, wanted + FEW_MORE):
-        address = _host_address(residency, number)
-        if address != NONE and host.same_class(address, slot_bytes):
-            going.append(number)
-            if len(going) == wanted:
-                break
+    going = _least(residency, slot_bytes, wanted)
     for number in going:
         residency.drop_host(number)
     residency.counters.add("host_evicted_blocks", len(going))
+
+
+def _least(residency: Residency, slot_bytes: int, count: int) -> list[int]:
+    """Up to ``count`` blocks that may go from memory, worth least first. The policy is left alone again afterwards."""
+    found: list[int] = []
+    candidates = filterfalse(residency.keeping.kept("host").__contains__, residency.host_policy.victims())
+    for number in islice(candidates, count + FEW_MORE):
+        address = _host_address(residency, number)
+        if address != NONE and residency.host.same_class(address, slot_bytes):
+            found.append(number)
+            if len(found) == count:
+                break
+    return found
 
 
 def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
@@ -120,7 +126,7 @@ def _low(disk: Tier) -> int:
 
 
 def step_down(residency: Residency, number: int) -> int:
-    """A block that is on disk goes from memory now, unless something holds it there; bytes that are free now. Locked."""
+    """A block that is on disk goes from memory, unless something holds it there; bytes that are free now. Locked."""
     resident = residency.residents.get(number)
     if resident is None or residency.index.disk[number] == NONE or _host_address(residency, number) == NONE:
         return 0

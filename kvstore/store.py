@@ -8,18 +8,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvstore.admission import Admission
 from kvstore.census import census
 from kvstore.composition import Composition
 from kvstore.discovery import Discoveries
 from kvstore.erasure import Eraser, Receipt
 from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
-from kvstore.families import NONE
+from kvstore.finder import Finder
 from kvstore.hot import Hot
 from kvstore.job import Answer, Job
-from kvstore.keys import TOKEN_BYTES, Namespace, token_bytes
+from kvstore.keeper import Demoted, Keeper, Pinned, Retained, TierName
+from kvstore.keys import Namespace, token_bytes
 from kvstore.known import Known
 from kvstore.layout import Layout
-from kvstore.lease import Lease
 from kvstore.load import Load
 from kvstore.loader import Loader
 from kvstore.match import Match
@@ -63,14 +64,16 @@ class Store:
         self._mover = Mover(on_error=lambda: self._residency.counters.add("failed_jobs"))
         self._loader = Loader(self._residency, self._mover)
         self._prefetcher = Prefetcher(self._residency, self._loader, self._mover)
+        self._keeper = Keeper(self._residency, self._loader, self._prefetcher.uploader)
         self._writer = Writer(self._residency, self._mover)
+        self._admission = Admission(self._residency, self._writer)
         self._saver = Saver(self._residency, self._writer)
         self._eraser = Eraser(self._residency, self._mover)
         self._on_close, self._when_closed = on_close, closed
-        self._pid = os.getpid()
-        self._closed = False
+        self._pid, self._closed = os.getpid(), False
         self._notes = Notes(disk)
         self._known = Known(self._notes.recall, self._notes.remember)
+        self._finder = Finder(self._residency, self._known)
         self._discoveries = Discoveries(self._residency, self._saver.listeners)
         if disk is not None:
             restore(self._residency, disk)
@@ -112,38 +115,8 @@ class Store:
         ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing.
         ``first``: the first token that is wanted; blocks before it are left out. Takes leases; moves nothing.
         """
-        residency = self._alive()
-        tokens = token_bytes(token_ids)
-        limit = max(len(tokens) // TOKEN_BYTES - (not whole), 0)
-        root = root or namespace.root
-        with residency.lock:
-            residency.settle()
-            now = residency.wall()
-            index = residency.index
-            found = index.find(namespace, root, layout, tokens, limit, now)
-            blocks = [(number, layout.block_tokens) for number in found.blocks]
-            if found.partial != NONE:
-                blocks.append((found.partial, found.partial_tokens))
-            skipped = min(first // layout.block_tokens, len(blocks))
-            del blocks[:skipped]
-            numbers = [number for number, _ in blocks]
-            residency.hold(numbers)
-            residency.host_policy.touch(numbers)
-            residency.disk_policy.touch(numbers)
-            residents, hot = residency.residents, residency.hot
-            tiers = {"device": 0, "host": 0, "disk": 0}
-            for number, used in blocks:
-                on_device = hot is not None and number in hot
-                tiers["device" if on_device else "host" if number in residents else "disk"] += used
-            if residency.disk is not None:
-                residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
-            miss = self._known.explain(namespace, found.tokens, limit, index.chains(root))
-        residency.counters.add("matched_tokens", found.tokens)
-        residency.counters.add("asked_tokens", limit)
-        lease = Lease(numbers, residency.lease_ended)
-        skipped *= layout.block_tokens
-        held = tokens[skipped * TOKEN_BYTES : found.tokens * TOKEN_BYTES]
-        return Match(layout, blocks, lease, found.tokens, tiers, miss, held, skipped)
+        self._alive()
+        return self._finder.match(namespace, layout, token_bytes(token_ids), root or namespace.root, first, whole)
 
     def discover(self, namespace: Namespace, layout: Layout, token_ids: object, minimum: int) -> Composition:
         """A prompt with every stored run of at least ``minimum`` tokens, wherever it stands, as a placement.
@@ -226,18 +199,45 @@ class Store:
         self._known.add(namespace)
         return self._saver.save(namespace, root or namespace.root, layout, tokens, drafts, owner, ttl, writer)
 
-    # -- deleting ----------------------------------------------------------------------------------------------
+    # -- what stays and what goes ------------------------------------------------------------------------------
+
+    def pin(self, match: Match, tier: TierName = "host", *, seconds: float) -> Pinned:
+        """Keeps what was matched, and what stands before it, in a tier until ``seconds`` after its last use by a match,
+        ten times as long at most, and at most in half of the tier, leading tokens first.
+
+        "host": what is only on disk is read, behind all that loads wait for. "disk": what is only in memory is written.
+        "device": what is in memory is copied, and stays in the last tier, too. A pin needs no handle; what supersedes a
+        block takes over its pins; they end with the store."""
+        self._alive()
+        return self._keeper.pin(match, tier, seconds)
+
+    def retain(self, match: Match, seconds: float) -> Retained:
+        """Keeps what was matched, and what stands before it, in the store for ``seconds``: on disk where there is one
+        (what is only in memory is written), or else in memory. A quarter of that tier at most, leading tokens first."""
+        self._alive()
+        return self._keeper.retain(match, seconds)
+
+    def demote(self, match: Match) -> Demoted:
+        """What was matched leaves memory and device first: what is on disk and not being read at once, the rest when it
+        is written. Pins there end, and so does the match. Without a disk it is what goes first when room is needed."""
+        self._alive()
+        return self._keeper.demote(match)
 
     def forget(
-        self, *, tenant: str | None = None, owner: str | None = None, older_than: float | None = None
+        self,
+        *,
+        tenant: str | None = None,
+        owner: str | None = None,
+        older_than: float | None = None,
+        match: Match | None = None,
     ) -> Receipt:
         """Erases blocks: bytes and token ids, in memory and on disk. Blocks must meet every condition given.
 
-        ``older_than``: seconds since they were saved. Returns when the bytes on disk are gone, but for those that a
-        lease still holds (``deferred``).
-        """
+        ``older_than``: seconds since they were saved. ``match``: whole blocks of what it found, and all that stands
+        behind, which nobody would find any more; the match ends. Returns when the bytes on disk are gone, but for those
+        that a lease still holds (``deferred``)."""
         self._alive()
-        return self._eraser.forget(tenant, owner, older_than)
+        return self._eraser.forget(tenant, owner, older_than, match)
 
     # -- the rest ----------------------------------------------------------------------------------------------
 

@@ -47,15 +47,17 @@ class Uploader:
                 break
             fit += 1
         hot.protect(fit)
-        uploads = [upload for job in jobs[:fit] if (upload := self._of(job)) is not None]
+        uploads = [self.of([number for number, _ in job.blocks], job.chain) for job in jobs[:fit]]
         hot.protect(0)
-        return uploads
+        return [upload for upload in uploads if upload is not None]
 
-    def _of(self, job: Waiting) -> Upload | None:
-        """What of a job is in memory only, as far as there is room for it; None: nothing."""
+    def of(self, numbers: Sequence[int], chain: Sequence[int]) -> Upload | None:
+        """What of these blocks is in memory only, as far as there is room for it; None: nothing. Locked.
+
+        ``chain``: the same, and what stands before them, root first."""
         residency, hot = self._residency, self._hot
         slots, sources = list[Slot](), list[memoryview]()
-        for number, _ in job.blocks:
+        for number in numbers:
             resident = residency.residents.get(number)
             if resident is None or hot.placed(number):
                 continue
@@ -67,7 +69,7 @@ class Uploader:
             sources.append(residency.host.view(resident.address)[header : header + size])
         if not slots:
             return None
-        hot.arrange(job.chain)
+        hot.arrange(chain)
         numbers = [slot.number for slot in slots]
         residency.hold(numbers)
         return Upload(Hold(Lease(numbers, residency.lease_ended), slots), sources)

@@ -16,7 +16,7 @@ from kvstore.families import NONE
 from kvstore.layout import Layout
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
-from kvstore.room import disk_room, reserve_disk, step_down
+from kvstore.room import reserve_disk, step_down
 
 log = logging.getLogger("kvstore")
 
@@ -48,7 +48,7 @@ class Writer:
     def __init__(self, residency: Residency, mover: Mover) -> None:
         self._residency = residency
         self._mover = mover
-        residency.write_soon, residency.admit = self.enqueue, self.admit
+        residency.write_soon = self.enqueue
         self._scratch = threading.local()
         # Guarded by residency.lock:
         self._queued: set[int] = set()  # blocks that wait, are written or are made durable; each holds a lease
@@ -64,7 +64,7 @@ class Writer:
     def _queue(self, number: int) -> bool:
         """Whether the block was queued just now."""
         residency = self._residency
-        if not self._writable(number):
+        if not self.writable(number):
             return False
         if not self._mover.submit(Priority.SAVE, (residency.index.sequence[number],), lambda: self._write(number)):
             return False
@@ -72,35 +72,17 @@ class Writer:
         residency.hold([number])
         return True
 
-    def _writable(self, number: int) -> bool:
-        """Whether the block is in memory only, waits for no write, and might be written."""
+    @property
+    def queued(self) -> int:
+        """How many blocks wait, are written or are made durable. Locked."""
+        return len(self._queued)
+
+    def writable(self, number: int) -> bool:
+        """Whether the block is in memory only, waits for no write, and might be written. Locked."""
         resident = self._residency.residents.get(number)
         if self._residency.disk is None or resident is None or number in self._queued:
             return False
         return not (resident.clean or resident.failed)
-
-    def admit(self, chain: Sequence[int]) -> None:
-        """Which of a chain's unwritten blocks, root first, are to go to disk: all, while there is room; then those that
-        the policy wants, and what stands before them. Full blocks are queued; partial ones wait until they are evicted
-        or asked for. What is not wanted may be evicted unwritten; it is asked about anew at each use. Locked."""
-        residency = self._residency
-        unwritten = [number for number in chain if self._writable(number)]
-        if not unwritten:
-            return
-        index, keeping = residency.index, residency.keeping
-        layout = residency.residents[unwritten[0]].layout
-        admitted = disk_room(residency, layout.full_slot_bytes) // layout.full_slot_bytes - len(self._queued)
-        for at in range(len(unwritten), max(admitted, 0), -1):
-            number = unwritten[at - 1]
-            if keeping.stays("disk", number) or residency.host_policy.admits(number):
-                admitted = at
-                break
-        for at, number in enumerate(unwritten):
-            resident, unwanted = residency.residents[number], at >= admitted
-            residency.counters.add("not_admitted_blocks", unwanted > resident.unwanted)
-            resident.unwanted = unwanted
-            if not unwanted and index.count[number] == layout.block_tokens:
-                self.enqueue(number)
 
     def _write(self, number: int) -> None:
         """Worker: one block to disk, and every so often what was written into the index."""

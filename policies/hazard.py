@@ -10,7 +10,7 @@ ratio, over all times to wait, of the chance that it comes back to the time that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from math import log2
 
@@ -26,6 +26,7 @@ _WIDTHS = [*(b - a for a, b in pairwise(EDGES)), EDGES[-1]]
 _FORGET = 0.9995  # what a count is worth after each fit, of what it was
 _FACTOR_PRIOR, _SHAPE_PRIOR, _BIN_PRIOR = 2.0, 10.0, 2.0  # pseudo-events
 _SWEEPS = 4
+_AT_ONCE = 8  # classes in a step
 _MOST = 0.95  # of what is in a bin comes back, at most
 
 
@@ -61,64 +62,71 @@ class Hazards:
         return row[at] if row is not None else 1 / (1 + EDGES[at])
 
     def fit(self) -> None:
-        """Takes in what was counted, and lets all of it count a little less from now on. O(classes x bins)."""
-        self._estimate()
-        self._weight /= _FORGET
-        if self._weight > 1e9:
-            self._rescale()
+        """All of ``fitting`` at once. O(classes x bins)."""
+        for _ in self.fitting():
+            pass
 
-    def _estimate(self) -> None:
+    def fitting(self) -> Iterator[None]:
+        """Takes in what was counted, in steps of well under a millisecond; what is counted meanwhile is taken in too,
+        or the next time. In the end all have their new worth, and what was counted so far counts a little less.
+        """
         private = [kind for kind in self._entered if kind[0] == PRIVATE]
         pooled = self._pooled(private)
-        factors = self._factors(private, pooled)
-        shapes = self._shapes(private, pooled, factors)
-        self._worth = {kind: gittins(self._pooled([kind])) for kind in self._entered if kind[0] != PRIVATE}
-        self._worth[(FOUND,)] = gittins(pooled)
-        for kind in private:
-            times, shape = factors[kind], shapes[kind[1 + SHAPED]]
-            self._worth[kind] = gittins([min(_MOST, h * times * s) for h, s in zip(pooled, shape, strict=True)])
-
-    def _pooled(self, kinds: list[Class]) -> list[float]:
-        """Hazard by bin of several classes together; a bin of which little is known is like the one before it."""
-        hazards, before, prior = [], 0.01, _BIN_PRIOR * self._weight
-        for at in range(BINS):
-            entered = sum(self._entered[kind][at] for kind in kinds)
-            returned = sum(self._returned[kind][at] for kind in kinds)
-            before = min(_MOST, (returned + before * prior) / (entered + prior))
-            hazards.append(before)
-        return hazards
-
-    def _factors(self, kinds: list[Class], pooled: list[float]) -> dict[Class, float]:
-        """For each class the product of its features' factors, fitted to the margins in turns."""
-        prior = _FACTOR_PRIOR * self._weight
-        expected = {k: sum(e * h for e, h in zip(self._entered[k], pooled, strict=True)) for k in kinds}
-        returned = {kind: sum(self._returned[kind]) for kind in kinds}
-        levels: list[dict[int, float]] = [{kind[1 + feature]: 1.0 for kind in kinds} for feature in range(FEATURES)]
-        product = dict.fromkeys(kinds, 1.0)
-        for _ in range(_SWEEPS):
-            for feature, factor in enumerate(levels):
-                sums = {level: [prior, prior] for level in factor}
-                for kind in kinds:
-                    margin = sums[kind[1 + feature]]
-                    margin[0] += returned[kind]
-                    margin[1] += expected[kind] * product[kind] / factor[kind[1 + feature]]
-                levels[feature] = {level: seen / thought for level, (seen, thought) in sums.items()}
-                for kind in kinds:
-                    level = kind[1 + feature]
-                    product[kind] *= levels[feature][level] / factor[level]
-        return product
-
-    def _shapes(self, kinds: list[Class], pooled: list[float], factors: dict[Class, float]) -> dict[int, list[float]]:
-        """By level of the shaped feature: how its hazard differs from the others' at each age."""
+        yield
+        factors = dict.fromkeys(private, 1.0)
+        yield from self._fit_factors(factors, pooled)
         prior = _SHAPE_PRIOR * self._weight
-        seen: dict[int, list[float]] = {kind[1 + SHAPED]: [prior] * BINS for kind in kinds}
+        seen: dict[int, list[float]] = {kind[1 + SHAPED]: [prior] * BINS for kind in private}
         thought = {level: [prior] * BINS for level in seen}
-        for kind in kinds:
+        for number, kind in enumerate(private):
             returned, expected, times = seen[kind[1 + SHAPED]], thought[kind[1 + SHAPED]], factors[kind]
             for at, (e, r) in enumerate(zip(self._entered[kind], self._returned[kind], strict=True)):
                 returned[at] += r
                 expected[at] += e * min(_MOST, pooled[at] * times)
-        return {level: [r / e for r, e in zip(seen[level], thought[level], strict=True)] for level in seen}
+            if number % _AT_ONCE == 0:
+                yield
+        shapes = {level: [r / e for r, e in zip(seen[level], thought[level], strict=True)] for level in seen}
+        worth = {kind: gittins(self._pooled([kind])) for kind in self._entered if kind[0] != PRIVATE}
+        worth[(FOUND,)] = gittins(pooled)
+        for number, kind in enumerate(private):
+            times, shape = factors[kind], shapes[kind[1 + SHAPED]]
+            worth[kind] = gittins([min(_MOST, h * times * s) for h, s in zip(pooled, shape, strict=True)])
+            if number % _AT_ONCE == 0:
+                yield
+        self._worth = worth
+        self._weight /= _FORGET
+        if self._weight > 1e9:
+            self._rescale()
+
+    def _pooled(self, kinds: list[Class]) -> list[float]:
+        """Hazard by bin of several classes together; a bin of which little is known is like the one before it."""
+        hazards, before, prior = [], 0.01, _BIN_PRIOR * self._weight
+        entered = [sum(column) for column in zip(*(self._entered[kind] for kind in kinds), strict=True)]
+        returned = [sum(column) for column in zip(*(self._returned[kind] for kind in kinds), strict=True)]
+        for came, back in zip(entered or [0.0] * BINS, returned or [0.0] * BINS, strict=True):
+            before = min(_MOST, (back + before * prior) / (came + prior))
+            hazards.append(before)
+        return hazards
+
+    def _fit_factors(self, product: dict[Class, float], pooled: list[float]) -> Iterator[None]:
+        """For each class the product of its features' factors, fitted to the margins in turns."""
+        prior = _FACTOR_PRIOR * self._weight
+        expected = {k: sum(e * h for e, h in zip(self._entered[k], pooled, strict=True)) for k in product}
+        returned = {kind: sum(self._returned[kind]) for kind in product}
+        levels: list[dict[int, float]] = [{kind[1 + feature]: 1.0 for kind in product} for feature in range(FEATURES)]
+        yield
+        for _ in range(_SWEEPS):
+            for feature, factor in enumerate(levels):
+                sums = {level: [prior, prior] for level in factor}
+                for kind in product:
+                    margin = sums[kind[1 + feature]]
+                    margin[0] += returned[kind]
+                    margin[1] += expected[kind] * product[kind] / factor[kind[1 + feature]]
+                levels[feature] = {level: seen / thought for level, (seen, thought) in sums.items()}
+                for kind in product:
+                    level = kind[1 + feature]
+                    product[kind] *= levels[feature][level] / factor[level]
+                yield
 
     def _rescale(self) -> None:
         for table in (self._entered, self._returned):
@@ -152,7 +160,8 @@ class Hazards:
         if not entered:
             return False
         self._weight, self._entered, self._returned = 1.0, entered, returned
-        self._estimate()
+        self.fit()
+        self._weight = 1.0  # nothing was forgotten by that
         return True
 
 

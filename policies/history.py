@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 from typing import Protocol
 
 from kvstore.policies.hazard import BINS, EDGES, FOUND, LEFT, PRIVATE, TRUNK, Class, Hazards, bin_of
@@ -24,7 +24,8 @@ _TURNS = 8  # later turns are all alike
 _NEW_TOKENS = (1024, 2048, 4096, 8192, 32768)
 _GAPS = (30.0, 60.0, 120.0, 300.0)  # seconds
 _NEW, _TAIL = 0, 1 + len(_GAPS) + 1  # in place of the gap, for what was not there before
-_EVERY = 32  # requests from one fit to the next
+_EVERY = 32  # requests from one fit to the next, at least
+_STEPS = 4  # of a fit, with each request
 _BEFORE = 64  # requests that are seen before anything is believed
 
 
@@ -60,6 +61,7 @@ class History:
         self._limit = ghosts
         self._ghosts: OrderedDict[Hashable, tuple[Stretch, int, int]] = OrderedDict()  # longest gone first
         self._served = 0
+        self._fitting: Iterator[None] | None = None
         # Columns by block.
         self._stretch: list[Stretch | None] = []
         self._name: list[Hashable] = []
@@ -165,11 +167,19 @@ class History:
                 self._queue(stretch)
                 self._tell(stretch)
         self._served += 1
-        if self._served % _EVERY == 0:
-            self.hazards.fit()
-            self.learned = self.learned or self._served >= _BEFORE
-            for follower in self.followers:
-                follower.fitted()
+        if self._fitting is None and self._served % _EVERY == 0:
+            self._fitting = self.hazards.fitting()
+        if self._fitting is not None:
+            self._fit_on(self._fitting)
+
+    def _fit_on(self, fitting: Iterator[None]) -> None:
+        """A few steps: a request must not wait for all of them."""
+        if len(list(islice(fitting, _STEPS))) == _STEPS:
+            return
+        self._fitting = None
+        self.learned = self.learned or self._served >= _BEFORE
+        for follower in self.followers:
+            follower.fitted()
 
     def _close(self, chain: Sequence[int], now: float) -> list[Stretch]:
         """Somebody came back for the stretches of these blocks."""

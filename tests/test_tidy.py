@@ -19,17 +19,17 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 
 # From the ground up; a module may import its own floor and those below, and never in a circle.
 FLOORS = (
-    "errors expiry throughput",
+    "errors keeping throughput",
     "keys layout lease files policy metrics counters compiled xxh3 checksum",
     "block plan",
     "composition walk tensors",
     "pml",
     "tiers policies families",
-    "index mover eviction match",
+    "index mover eviction match expiry",
     "known hot residency job",
-    "room fetch erasure restore census notes waiting",
-    "writer load save discovery",
-    "loader outlook upload prefetch",
+    "room fetch erasure restore census notes waiting finder",
+    "writer load save discovery admission",
+    "loader outlook upload prefetch keeper",
     "store",
     "assembly",
     "config",
@@ -56,7 +56,7 @@ THIRD_PARTY = {
 }
 # They see no concrete tier or policy, but those that are alone of their kind: host memory, and the order of the queue.
 ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency", "restore", "room", "fetch", "erasure"}
-ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census", "discovery"}
+ONLY_PORTS |= {"writer", "load", "loader", "save", "store", "census", "discovery", "finder", "admission", "keeper"}
 PORTS = {"tiers.base", "tiers.host", "policies.look_ahead"}
 PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
 PUBLIC |= {"plan", "policies", "composition", "assembly", "walk", "job"}

@@ -22,7 +22,7 @@ from kvstore.bench.micro.limits import Timing
 SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
 ROTATED = "rotated_load"
 MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
-PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "composed", "tpot", "plans")
+PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "composed", "tpot", "plans", "policies")
 
 
 def main(
@@ -75,6 +75,10 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
         results["peers"] = peers.measure(scratch, repeats)
     elif part == "index":
         results |= index.measure(scratch, blocks)
+    elif part == "policies":
+        from kvstore.bench.micro import policies
+
+        results["policies"] = policies.measure(blocks)
     else:
         import torch
 
@@ -158,6 +162,10 @@ def show(results: dict[str, Any]) -> None:
         from kvstore.bench.micro import composed
 
         console.print(composed.table(results["composed"]))
+    if "policies" in results:
+        from kvstore.bench.micro import policies
+
+        console.print(policies.table(results["policies"]))
     if "tpot" in results:
         row = results["tpot"]
         console.print(

@@ -179,10 +179,10 @@ def figures(outcome: Outcome, without: Outcome) -> dict[str, float]:
         "memory_blocks": outcome.memory_blocks,
         "look_ahead": outcome.look_ahead,
         "bandwidth": outcome.bandwidth,
-        "hit": outcome.hit,
-        "in_memory": outcome.in_memory,
+        "hit": round(outcome.hit, 6),
+        "in_memory": round(outcome.in_memory, 6),
         "waited_blocks": outcome.waited,
-        "waits_spared": 1 - outcome.waited / max(without.waited, 1),
+        "waits_spared": round(1 - outcome.waited / max(without.waited, 1), 6),
         "slower_requests": outcome.slower_than(without),
     }
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+RECORDED = "recorded"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -23,6 +25,11 @@ class Request:
         for number in range(len(self.blocks)):
             yield min(block_tokens, self.tokens - number * block_tokens)
 
+    def hit_tokens(self, blocks: int, block_tokens: int) -> int:
+        """Tokens that need not be computed when the first ``blocks`` are there: all of theirs, but never the last one
+        of the prompt."""
+        return min(blocks * block_tokens, self.tokens - 1)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -33,6 +40,7 @@ class Trace:
     block_tokens: int
     requests: tuple[Request, ...]
     skipped: int = 0  # records that were left out because they could not be read
+    arrivals: str = RECORDED  # or how they were made up
 
     @cached_property
     def tokens(self) -> int:
@@ -43,3 +51,8 @@ class Trace:
     def unique_blocks(self) -> int:
         """How many different blocks there are: what a cache of capacity 1.0 holds."""
         return len({block for request in self.requests for block in request.blocks})
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first request to the last."""
+        return self.requests[-1].time - self.requests[0].time
