@@ -7,8 +7,10 @@
 """
 
 from kvstore.config import open
+from kvstore.erasure import Receipt
 from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreClosed, Unsupported
 from kvstore.job import Answer, Job
+from kvstore.keeper import Demoted, Pinned, Retained
 from kvstore.keys import Extra, Fingerprint, Namespace
 from kvstore.layout import LayerShape, Layout
 from kvstore.store import Store
@@ -28,6 +30,11 @@ __all__ = [
     # a scheduler's hints
     "Answer",
     "Job",
+    # what the store's verbs answer
+    "Demoted",
+    "Pinned",
+    "Receipt",
+    "Retained",
     # errors
     "BadInput",
     "ForkError",

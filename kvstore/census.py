@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvstore.residency import Residency
 
 
-def census(residency: Residency) -> dict[str, Any]:
+def census(residency: Residency, beside: Mapping[str, float]) -> dict[str, Any]:
     """Per tier ``bytes`` (payload), ``blocks``, ``capacity`` and ``used`` (all bytes taken); gauges; counters; leases.
 
     The device's blocks are copies of what other tiers hold. ``kept``: bytes of slots that pins keep in each tier, and
     that are retained in the last. Two gauges tell what the disk is worth, since the store was opened:
     ``write_amplification``, bytes written to disk for each byte of payload that was saved (headers, padding and tails
     written anew make it more than 1, what is not admitted less), and ``read_back``, bytes read from disk for each byte
-    written there. Any thread; takes the store's lock.
+    written there. ``beside``: more gauges. Any thread; takes the store's lock.
     """
     with residency.lock:
         residency.settle()
@@ -33,27 +34,21 @@ def census(residency: Residency) -> dict[str, Any]:
                 "capacity": residency.disk.capacity,
                 "used": residency.disk.used,
             }
-        gauges, hot = residency.host.gauges(), residency.hot
+        gauges: dict[str, float] = {**residency.host.gauges(), **beside}
+        hot = residency.hot
         if hot is not None:
             tiers["device"] = hot.account(residency.payload)
-            gauges |= hot.tier.gauges()
+            gauges.update(hot.tier.gauges())
         leases, drafts, keeping = len(residency.index.leases), residency.drafts, residency.keeping
         pinned = {tier: account.bytes for tier, account in keeping.pins.items()}
         kept = {"pinned_bytes": pinned, "retained_bytes": keeping.retained.bytes}
     counters = residency.counters.snapshot()
     saved, written, read = (counters.get(name, 0) for name in ("saved_bytes", "disk_written_bytes", "disk_read_bytes"))
-    worth = {"write_amplification": _ratio(written, saved), "read_back": _ratio(read, written)}
+    gauges |= {"write_amplification": _ratio(written, saved), "read_back": _ratio(read, written)}
     if hot is not None:
         counters["device_evicted_blocks"] = hot.evicted_blocks
-    gauges_all: dict[str, float] = {**gauges, **worth}
-    return {
-        "tiers": tiers,
-        "gauges": gauges_all,
-        "counters": counters,
-        "kept": kept,
-        "leases": leases,
-        "drafts": drafts,
-    }
+    numbers = {"tiers": tiers, "gauges": gauges, "counters": counters, "kept": kept}
+    return {**numbers, "leases": leases, "drafts": drafts}
 
 
 def _ratio(of: int, to: int) -> float:

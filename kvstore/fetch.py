@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore.block import Header
 from kvstore.mover import Priority
@@ -38,7 +38,7 @@ class Fetch:
         self.layout = resident.layout
         self.offsets = self.layout.layer_offsets(resident.stride)
         self.header_bytes = header_bytes
-        self.parts = _parts(self.offsets)
+        self.parts = parts_of(self.offsets)
         # Guarded by the store's lock: the header once it is there, and the tokens that loads expect the block to start
         # with.
         self.header: Header | None = None
@@ -110,6 +110,24 @@ class Fetch:
         with self.progress:
             return self.ready == (1 << len(self.offsets) - 1) - 1
 
+    @property
+    def left(self) -> int:
+        """Bytes that have yet to be read."""
+        with self.progress:
+            return self._bytes(part for part, (first, _) in enumerate(self.parts) if not self.ready >> first & 1)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of these that go before what anybody asks for now: the rest of a prefetch makes way."""
+        if self.priority == Priority.DEMAND:
+            return self.left
+        with self.progress:
+            under_way = (part for part in range(len(self.parts)) if self._begun >> part & 1)
+            return self._bytes(part for part in under_way if not self.ready >> self.parts[part][0] & 1)
+
+    def _bytes(self, parts: Iterable[int]) -> int:
+        return sum(self.offsets[self.parts[part][1]] - self.offsets[self.parts[part][0]] for part in parts)
+
     def arrive(self, first: int, last: int) -> None:
         """Layers ``first`` to ``last - 1`` are in memory and verified."""
         with self.progress:
@@ -148,7 +166,7 @@ class Fetch:
             return self._left == 0
 
 
-def _parts(offsets: Sequence[int]) -> list[tuple[int, int]]:
+def parts_of(offsets: Sequence[int]) -> list[tuple[int, int]]:
     """Runs of layers (first, last + 1) of about ``PART_BYTES``.
 
     Where there are several, the first is layer 0 alone: an engine can begin when it has come.

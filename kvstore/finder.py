@@ -37,10 +37,10 @@ class Finder:
             residency.host_policy.touch(numbers)
             residency.disk_policy.touch(numbers)
             residents, hot = residency.residents, residency.hot
-            tiers = {"device": 0, "host": 0, "disk": 0}
-            for number, used in blocks:
-                on_device = hot is not None and number in hot
-                tiers["device" if on_device else "host" if number in residents else "disk"] += used
+            tiers = [
+                "device" if hot is not None and number in hot else "host" if number in residents else "disk"
+                for number in numbers
+            ]
             if residency.disk is not None:
                 residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
             miss = self._known.explain(namespace, found.tokens, limit, index.chains(root))

@@ -98,7 +98,7 @@ class Keeper:
             residency.check_open()
             residency.settle()
             now, blocks = residency.wall(), self._chain(match)
-            tiers = {tier, keeping.last} if tier == "device" else {tier}  # what is there is a copy
+            tiers = [tier, keeping.last] if tier == "device" else [tier]  # what is there is a copy
             keep = Keep([keeping.pins[each] for each in tiers if each in keeping.pins], now + LIFE * seconds, seconds)
             steps: dict[str, Callable[[int], str]] = {"disk": self._write, "device": self._near}
             steps["host"] = partial(self._bring, reads)

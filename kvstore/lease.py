@@ -24,6 +24,15 @@ class Lease:
         """Whether the blocks are still held."""
         return self._finalizer.alive
 
+    def shorten(self, count: int) -> None:
+        """Holds only the first ``count`` blocks from now on."""
+        held = self._finalizer.detach()
+        if held is not None:
+            _, ended, (numbers,), _ = held
+            self._finalizer = weakref.finalize(self, ended, numbers[:count])
+            self._finalizer.atexit = False
+            ended(numbers[count:])
+
     def release(self) -> None:
         """Ends the lease; again is no error."""
         self._finalizer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from kvstore.block import bad_pieces, decode_header
@@ -18,10 +18,10 @@ from kvstore.lease import Lease
 from kvstore.load import Load, Source, placed
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
+from kvstore.prospect import Prospect, prospect
 from kvstore.residency import Residency, Resident
 from kvstore.room import held_bytes, reserve_host
 from kvstore.tensors.streams import ThreadStream
-from kvstore.throughput import Throughput
 
 log = logging.getLogger("kvstore")
 
@@ -38,7 +38,6 @@ class Loader:
         self._worker: ThreadStream | None = None  # likewise
         self.ahead: dict[int, Resident] = {}  # blocks that were prefetched, or are, and no load has used; likewise
         self.reserve: Callable[[int], int | None] = partial(reserve_host, residency)  # a host slot for a load; locked
-        self.throughput = Throughput()  # of reads from disk; likewise
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()  # of loads that streams may still work for
 
     def load(self, match: Match, device: bool = False) -> Load:
@@ -95,6 +94,21 @@ class Loader:
             self.submit(fetch, part)
         return Load(match, sources, residency, hold)
 
+    def prospect(self, matches: Sequence[Match], device: bool) -> Prospect:
+        """See ``Store.prospect``."""
+        disk, writing = self._mover.rates.reads, self._mover.rates.writing
+        with self._residency.lock:
+            self._residency.check_open()
+            return prospect(matches, device, self._residency, self._fetches, disk, writing)
+
+    def gauges(self) -> dict[str, int]:
+        """How the disk is; nothing where there is none. Any thread."""
+        if self._residency.disk is None:
+            return {}
+        with self._residency.lock:
+            queued = sum(fetch.left for fetch in self._fetches.values())
+        return {**self._mover.rates.gauges(), "disk_queued_read_bytes": queued}
+
     def _view(self, held: Resident | Fetch | None) -> memoryview | None:
         if held is None:
             return None
@@ -114,8 +128,6 @@ class Loader:
         resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
         fetch = Fetch(number, resident, residency.host.view(slot), address, layout.header_bytes, priority, turn)
         residency.hold([number])
-        if not self._fetches:
-            self.throughput.begins()
         self._fetches[number] = fetch
         # Known to the policy from the start, so that its chain can be put in order at once.
         residency.host_policy.insert(number, residency.arrival(number))
@@ -230,7 +242,8 @@ class Loader:
         first, last = fetch.parts[part]
         begin = 0 if part == 0 else fetch.header_bytes + fetch.offsets[first]
         end = fetch.header_bytes + fetch.offsets[last]
-        tier.read(fetch.address, begin, fetch.view[begin:end])
+        with self._mover.rates.moving("read", end - begin):
+            tier.read(fetch.address, begin, fetch.view[begin:end])
         self._residency.counters.add("disk_read_bytes", end - begin)
         if part == 0:
             self._check_header(fetch)
@@ -263,7 +276,6 @@ class Loader:
             del self._fetches[number]
             still_there = residency.index.disk[number] == fetch.address
             if still_there and not fetch.failed and fetch.header is not None:
-                self.throughput.came(resident.payload)
                 resident.checksums = fetch.header.checksums
                 residency.put_host(number, resident, fetch.header.tokens)
                 if fetch.prefetched:

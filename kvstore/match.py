@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstore.errors import BadInput
+from kvstore.keys import TOKEN_BYTES
 from kvstore.layout import Layout
 from kvstore.lease import Lease
 
@@ -35,7 +36,7 @@ class Match:
         blocks: list[tuple[int, int]],
         lease: Lease,
         tokens: int,
-        tokens_by_tier: dict[str, int],
+        tiers: list[str],
         miss: Miss,
         token_ids: bytes,
         skipped: int = 0,
@@ -44,7 +45,7 @@ class Match:
         self.blocks = blocks
         self.lease = lease
         self.tokens = tokens
-        self.tokens_by_tier = tokens_by_tier
+        self.tiers = tiers  # of the blocks: "device", "host" or "disk"
         self.miss = miss
         self.token_ids = token_ids  # of ``blocks``
         self.skipped = skipped  # leading tokens whose blocks are no part of it
@@ -55,6 +56,27 @@ class Match:
         if not self.lease.active:
             raise BadInput("the match was released, or its load was; match again")
         return self.blocks
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """Where the tokens of its blocks were when it was made."""
+        found = {"device": 0, "host": 0, "disk": 0}
+        for tier, (_, tokens) in zip(self.tiers, self.blocks, strict=True):
+            found[tier] += tokens
+        return found
+
+    def cut(self, tokens: int) -> None:
+        """Leaves only the first ``tokens``, whole blocks of them, for what loads it, and lets go of the others."""
+        left, count = tokens - self.skipped, 0
+        while count < len(self.blocks) and self.blocks[count][1] <= left:
+            left -= self.blocks[count][1]
+            count += 1
+        if count == len(self.blocks):
+            return
+        del self.blocks[count:], self.tiers[count:]
+        self.tokens = self.skipped + sum(used for _, used in self.blocks)
+        self.token_ids = self.token_ids[: (self.tokens - self.skipped) * TOKEN_BYTES]
+        self.lease.shorten(count)
 
     def release(self) -> None:
         """Ends the lease, unless a load has taken it over; also happens when the match is dropped."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from itertools import count
 
+from kvstore.rates import Rates
+
 log = logging.getLogger("kvstore")
 
 WORKERS = 8  # a few transfers in flight while others take checksums or make a group durable
@@ -33,8 +35,9 @@ class Mover:
         self._heap: list[tuple[int, tuple[int, ...], int, Callable[[], None]]] = []
         self._tie = count()
         self._threads: list[threading.Thread] = []
-        self._busy = 0
+        self._busy = self._saving = 0
         self._closed = False
+        self.rates = Rates()  # of what the jobs move; has a lock of its own
 
     def submit(self, priority: Priority, order: tuple[int, ...], job: Callable[[], None]) -> bool:
         """Queues a job; False once the mover is closed."""
@@ -62,18 +65,29 @@ class Mover:
         for thread in self._threads:
             thread.join()
 
+    def _next(self) -> bool:
+        """Whether there is a job to begin. Some workers are always left for what somebody waits for: on a slow disk
+        each write keeps its worker for seconds. Locked."""
+        return bool(self._heap) and (self._heap[0][0] < Priority.SAVE or self._saving < max(1, self._size // 2))
+
     def _run(self) -> None:
         job: Callable[[], None] | None = None
+        saves = False
         while True:
             with self._ready:
                 self._busy -= job is not None
-                job = None
-                while not self._heap and not self._closed:
+                self._saving -= saves
+                if saves:
+                    self._ready.notify()  # this worker may take something else
+                job, saves = None, False
+                while not self._next() and not self._closed:
                     self._ready.wait()
                 if not self._heap:
                     return
-                job = heapq.heappop(self._heap)[3]
+                priority, _, _, job = heapq.heappop(self._heap)
+                saves = priority == Priority.SAVE
                 self._busy += 1
+                self._saving += saves
             try:
                 job()
             except Exception:  # top loop: a worker outlives a broken job

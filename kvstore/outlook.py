@@ -13,6 +13,7 @@ from kvstore.fetch import Fetch
 from kvstore.job import Answer, State
 from kvstore.loader import LEASE_SHARE, Loader
 from kvstore.mover import Priority
+from kvstore.policies.cost import Line
 from kvstore.policies.windows import Windows
 from kvstore.residency import Residency, Resident
 from kvstore.room import held_blocks, held_bytes
@@ -33,10 +34,13 @@ class Outlook:
         residency: Residency,
         loader: Loader,
         windows: Windows,
+        speed: Line | None,
         left: Sequence[Waiting],
         queue: Sequence[Waiting],
     ) -> None:
-        """``left``: jobs that are not in the queue any more, and whose loads may be about to begin."""
+        """``speed``: of the disk; None when it is not known. ``left``: jobs that are not in the queue any more, and
+        whose loads may be about to begin."""
+        self._speed = speed
         self._residency, self._loader, self._left, self._queue = residency, loader, left, queue
         now = residency.wall()
         for job in [*left, *queue]:
@@ -126,13 +130,13 @@ class Outlook:
 
     def _late(self, job: Waiting) -> bool:
         """Whether what is on disk cannot be read before the job is given up."""
-        deadline, rate, fetches = job.job.deadline, self._loader.throughput.rate, self._loader.fetches
+        deadline, speed, fetches = job.job.deadline, self._speed, self._loader.fetches
         if deadline is None:
             return False
         size = sum(not self._near(n) and n not in fetches for n, _ in job.blocks) * job.layout.full_slot_bytes
-        size += _bytes(fetch.resident for fetch in fetches.values())
+        size += sum(fetch.left for fetch in fetches.values())
         size += sum(other.layout.full_slot_bytes for other, _ in self.missing)
-        if deadline > (size / rate if rate else 0):
+        if deadline > (0 if speed is None else speed.seconds(size)):
             return False
         self._too_late.add(job)
         return True

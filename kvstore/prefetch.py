@@ -25,7 +25,7 @@ class Prefetcher:
     """What the store knows of the queue of waiting jobs. One per store."""
 
     def __init__(self, residency: Residency, loader: Loader, mover: Mover) -> None:
-        self._residency, self._loader = residency, loader
+        self._residency, self._loader, self._mover = residency, loader, mover
         self.uploader = None if residency.hot is None else Uploader(residency, residency.hot, mover)
         self._turn = threading.Lock()  # one call at a time; guards the fields below
         self._queue: dict[object, Waiting] = {}  # by name, as the last call left it
@@ -44,7 +44,8 @@ class Prefetcher:
             with residency.lock:
                 residency.check_open()
                 residency.settle()
-                outlook = Outlook(residency, self._loader, self._windows, left, list(queue.values()))
+                speed, jobs = self._mover.rates.reads, list(queue.values())
+                outlook = Outlook(residency, self._loader, self._windows, speed, left, jobs)
                 self._kept = outlook.kept
                 started = outlook.begin()
                 uploads = self.uploader.begin(outlook.chains, outlook.jobs) if self.uploader else ()

@@ -14,7 +14,7 @@ from kvstore.index import Kind
 from kvstore.keys import TOKEN_BYTES, Namespace, block_key, name_bytes
 from kvstore.layout import Layout
 from kvstore.residency import Residency, Resident
-from kvstore.room import keep_free
+from kvstore.room import keep_free, reserve_hosts
 from kvstore.writer import Durable, Writer
 
 MAX_NAME = 255  # bytes of an owner, a tenant or a writer
@@ -106,6 +106,17 @@ class Saver:
         self._writer = writer
         self.listeners: list[deque[int]] = []  # are told the numbers of new blocks; guarded by residency.lock
 
+    def drafts(self, layout: Layout, count: int) -> list[Draft]:
+        """See ``Store.drafts``."""
+        residency = self._residency
+        with residency.lock:
+            residency.check_open()
+            residency.settle()
+            slots = reserve_hosts(residency, layout.full_slot_bytes, count)
+            drafts = [Draft(residency, layout, address) for address in slots]
+            residency.drafts += len(drafts)
+        return drafts
+
     def check(self, layout: Layout, drafts: Mapping[int, Draft]) -> None:
         """``BadInput`` where a draft is not the caller's to give, or not of this layout."""
         for draft in drafts.values():
@@ -153,6 +164,7 @@ class Saver:
                 if number != NONE and index.present(number):
                     if index.expires[number] and (not expires or expires > index.expires[number]):
                         index.expires[number] = expires
+                    self._adopt(number, drafts.get(i), piece)
                 elif len(piece) < whole and (cover := self._cover(parent, piece, layout)) != NONE:
                     number = cover
                 else:
@@ -188,6 +200,19 @@ class Saver:
         child, common = index.best_child(parent, piece, self._residency.wall())
         covers = child != NONE and common * TOKEN_BYTES == len(piece) and index.same_layout(child, layout)
         return child if covers else NONE
+
+    def _adopt(self, number: int, draft: Draft | None, piece: bytes) -> None:
+        """A block that is only on disk was computed again, as that was quicker: from now on it is in memory, too.
+
+        Not while somebody holds it, who may be reading it. Locked."""
+        residency = self._residency
+        if draft is None or number in residency.residents or number in residency.index.leases:
+            return
+        size, stride = residency.payload(number), draft.layout.block_tokens
+        resident = Resident(draft.take(), draft.layout, stride, size, clean=True)
+        residency.drafts -= 1
+        residency.put_host(number, resident, piece)
+        residency.counters.add("host_adopted_blocks")
 
     def _publish(
         self, number: int, key: bytes, parent: int, kind: int, piece: bytes, draft: Draft, now: float, expires: float

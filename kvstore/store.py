@@ -28,9 +28,9 @@ from kvstore.mover import Mover
 from kvstore.notes import Notes
 from kvstore.policy import EvictionPolicy
 from kvstore.prefetch import Prefetcher
+from kvstore.prospect import Prospect
 from kvstore.residency import Residency
 from kvstore.restore import restore
-from kvstore.room import reserve_hosts
 from kvstore.save import Draft, Saved, Saver
 from kvstore.tensors.streams import ThreadStream
 from kvstore.tiers.base import Problem, Tier
@@ -128,6 +128,11 @@ class Store:
         match.release()
         return self._discoveries.of(namespace, layout, minimum).compose(tokens, match.tokens)
 
+    def prospect(self, matches: Sequence[Match], device: bool = False) -> Prospect:
+        """What loading these matches, of one layout, would take now. Moves nothing; a microsecond for a block."""
+        self._alive()
+        return self._loader.prospect(matches, device)
+
     def load(self, match: Match, device: bool = False) -> Load:
         """Starts bringing what was matched to host memory, layer 0 first; the load takes over the match's lease.
 
@@ -163,14 +168,8 @@ class Store:
 
     def drafts(self, layout: Layout, count: int) -> list[Draft]:
         """Up to ``count`` drafts, fewer when memory is short."""
-        residency = self._alive()
-        size = layout.full_slot_bytes
-        with residency.lock:
-            residency.check_open()
-            residency.settle()
-            drafts = [Draft(residency, layout, address) for address in reserve_hosts(residency, size, count)]
-            residency.drafts += len(drafts)
-        return drafts
+        self._alive()
+        return self._saver.drafts(layout, count)
 
     def save(
         self,
@@ -243,7 +242,7 @@ class Store:
 
     def stats(self) -> dict[str, Any]:
         """Tiers, gauges, counters and leases, in numbers; see ``census``."""
-        return census(self._alive())
+        return census(self._alive(), self._loader.gauges())
 
     def remember(self, name: str, value: str) -> None:
         """Keeps a small string beside the blocks (a checkpoint's digest), on disk where there is one."""

@@ -147,7 +147,8 @@ class Writer:
         _blank(slot, layout, header.stride, len(data))
         assert residency.disk is not None
         try:
-            residency.disk.write(address, slot)
+            with self._mover.rates.moving("write", size):
+                residency.disk.write(address, slot)
         except TierError as error:
             log.warning("a block could not be written to disk: %s", error)
             with residency.lock:

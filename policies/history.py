@@ -41,6 +41,9 @@ class Stretch:
         self.closed = False  # somebody came back for it
 
 
+_NO_GHOST: tuple[Stretch | None, int, int] = (None, 0, 0)
+
+
 class Follower(Protocol):
     """A policy that orders blocks by what the history says of their stretches."""
 
@@ -63,6 +66,7 @@ class History:
         self._served = 0
         self._fitting: Iterator[None] | None = None
         # Columns by block.
+        self._room = 0
         self._stretch: list[Stretch | None] = []
         self._name: list[Hashable] = []
         self._tokens, self._parent, self._fan = array("q"), array("q"), array("q")
@@ -78,28 +82,33 @@ class History:
     def know(self, block: int, arrival: Arrival, now: float) -> None:
         """A tier takes a block in. One that nothing is known of hangs together with what came just before it, its
         child or its parent, until a request says better."""
-        parent = arrival.parent
-        self._grow(max(block, parent) + 1)
-        self._users[block] += 1
-        if self._users[block] > 1:
+        _, tokens, name, parent = arrival
+        if block >= self._room or parent >= self._room:
+            self._grow(max(block, parent) + 1)
+        users = self._users
+        users[block] += 1
+        if users[block] > 1:
             return
-        self._name[block], self._tokens[block], self._parent[block] = arrival.name, arrival.tokens, parent
-        stretch, fan, inner = self._ghosts.pop(arrival.name, (None, 0, 0))
+        self._name[block], self._tokens[block], self._parent[block] = name, tokens, parent
+        stretch, fan, inner = self._ghosts.pop(name, _NO_GHOST) if self._ghosts else _NO_GHOST
         if stretch is None:
             below, stretch = self._before
             together = below == block or (parent >= 0 and self._stretch[parent] is stretch)
-            if not together or stretch.kind != (FOUND,) or stretch.closed:
+            if not together or stretch.closed or stretch.kind != (FOUND,):
                 stretch = self._open((FOUND,), now, 0)
             stretch.blocks += 1
-        self._before = (parent, stretch)
+        self._before = parent, stretch
         self._stretch[block] = stretch
-        self._fan[block] += fan
         if parent >= 0 and not self._inner[parent]:
             self._inner[parent] = 1
-            self._add_fan(self._parent[parent] if self._users[parent] else -1)
-        if self._inner[block] and not inner:  # its child came first
-            self._add_fan(parent)
-        self._inner[block] |= inner
+            if users[parent] and (above := self._parent[parent]) >= 0:
+                self._fan[above] += 1
+        if fan:
+            self._fan[block] += fan
+        if inner:
+            self._inner[block] = 1
+        elif self._inner[block] and parent >= 0:  # its child came first
+            self._fan[parent] += 1
 
     def leave(self, block: int) -> None:
         """A tier lets a block go; when it was the last that had it, its name is remembered."""
@@ -120,20 +129,15 @@ class History:
         assert stretch is not None
         return stretch
 
-    def _add_fan(self, block: int) -> None:
-        if block >= 0:
-            self._fan[block] += 1
-
     def _grow(self, room: int) -> None:
-        have = len(self._stretch)
-        if room > have:
-            more = max(room - have, have // 4, 1024)
-            self._stretch.extend([None] * more)
-            self._name.extend([None] * more)
-            for column in (self._tokens, self._parent, self._fan):
-                column.frombytes(bytes(column.itemsize * more))
-            self._inner.extend(bytes(more))
-            self._users.extend(bytes(more))
+        more = max(room - self._room, self._room // 4, 1024)
+        self._room += more
+        self._stretch.extend([None] * more)
+        self._name.extend([None] * more)
+        for column in (self._tokens, self._parent, self._fan):
+            column.frombytes(bytes(column.itemsize * more))
+        self._inner.extend(bytes(more))
+        self._users.extend(bytes(more))
 
     # -- what requests do ------------------------------------------------------------------------------------------
 

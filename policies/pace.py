@@ -48,7 +48,8 @@ class Pace:
         if not self._leaves.add(block, arrival.parent):
             return
         self.history.know(block, arrival, self._clock())
-        self._take_out(arrival.parent)
+        if arrival.parent in self._place:
+            self._take_out(arrival.parent)
         self._stamp += 1
         self._stamps[block] = self._stamp
         self._fresh.append(block)  # it will have a place when its chain is arranged; most have children by then

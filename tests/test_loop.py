@@ -23,6 +23,11 @@ from kvstore.adapters.transformers.tempo import Tempo
 NEW = 12
 
 
+def served(family: str, store: Any) -> tuple[Any, Any]:
+    """A model joined to a store that loads whatever is there, so that counts are exact."""
+    return attach(family, store, decide="always")
+
+
 def alone(model: Any, ids: torch.Tensor, new: int = NEW, **options: Any) -> torch.Tensor:
     """What transformers gives for one prompt, without us."""
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), **options}
@@ -30,17 +35,24 @@ def alone(model: Any, ids: torch.Tensor, new: int = NEW, **options: Any) -> torc
     return out
 
 
-def prompts(first: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
-    """Prompts of different lengths: some begin like ``first``, some like each other, one has nothing in common."""
-    mine = [torch.cat((first, prompt(3 + 5 * number, seed + number)), 1) for number in range(count - 2)]
-    return [*mine, torch.cat((mine[0], prompt(9, seed + count)), 1), prompt(30, seed + count + 1)]
+def behind(ids: torch.Tensor, token: int, more: int, seed: int) -> torch.Tensor:
+    """``ids``, a token and so many others."""
+    return torch.cat((ids, torch.tensor([[token]]), prompt(more, seed)), 1)
+
+
+def prompts(model: Any, first: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
+    """Prompts of different lengths that part behind ``first``, one that goes on from another, one that is like none."""
+    mine = [behind(first, 1 + number, 2 + 5 * number, seed + number) for number in range(count - 2)]
+    said = int(alone(model, mine[0], 1)[0, -1])
+    parts = behind(mine[0], said % (VOCABULARY - 1) + 1, 8, seed + count)
+    return [*mine, parts, behind(first[:, :0], int(first[0, 0]) % (VOCABULARY - 1) + 1, 29, seed + count + 1)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "fusedkv"])
 def test_answers_are_those_of_generate_alone(store: Store, family: str, seed: int) -> None:
     """Requests of different lengths join as others leave."""
-    model, reuse = attach(family, store)
-    asked = prompts(stored_prompt(model, reuse, 40, seed), 6, seed)
+    model, reuse = served(family, store)
+    asked = prompts(model, stored_prompt(model, reuse, 40, seed), 6, seed)
     news = [3, 1, 9, 12, 7, 5]
     expected = [alone(model, ids, new) for ids, new in zip(asked, news, strict=True)]
     with Loop(reuse, active=3) as loop:
@@ -64,7 +76,7 @@ def test_answers_are_those_of_generate_alone(store: Store, family: str, seed: in
 
 def test_what_waiting_requests_read_comes_from_disk_ahead(tmp_path: Path, seed: int) -> None:
     with kvstore.open(tmp_path / "cache", host="16MiB", disk="64MiB") as store:
-        model, reuse = attach("llama", store)
+        model, reuse = served("llama", store)
         asked = [torch.cat((stored_prompt(model, reuse, 48, seed + number), prompt(4, seed)), 1) for number in range(3)]
         expected = [alone(model, ids) for ids in asked]
         only_on_disk(store)
@@ -84,7 +96,7 @@ def test_what_waiting_requests_read_comes_from_disk_ahead(tmp_path: Path, seed: 
 
 def test_first_come_first_served(store: Store, seed: int) -> None:
     """When a request has its first token, all that came before it have been begun; the store knows the rest."""
-    _, reuse = attach("llama", store)
+    _, reuse = served("llama", store)
     requests: list[Request] = []
     begun: list[tuple[int, int]] = []
     beside: list[int] = []
@@ -128,8 +140,8 @@ def test_when_waiting_requests_will_start() -> None:
 
 
 def test_requests_from_several_threads(store: Store, seed: int) -> None:
-    model, reuse = attach("llama", store)
-    asked = prompts(stored_prompt(model, reuse, 40, seed), 8, seed)
+    model, reuse = served("llama", store)
+    asked = prompts(model, stored_prompt(model, reuse, 40, seed), 8, seed)
     heard: dict[int, list[int]] = {number: [] for number in range(8)}
     with Loop(reuse, active=3) as loop:
 
@@ -164,7 +176,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_asked(store: Store, case: str) -> None:
-    _, reuse = attach("llama", store)
+    _, reuse = served("llama", store)
     ids, options, sentence = BAD[case]
     with Loop(reuse) as loop:
         with pytest.raises(BadInput, match=sentence):
@@ -176,7 +188,7 @@ def test_what_cannot_be_asked(store: Store, case: str) -> None:
 
 @pytest.mark.parametrize("what", ["step", "close"])
 def test_a_callback_cannot_step_or_close(store: Store, what: str, seed: int) -> None:
-    _, reuse = attach("llama", store)
+    _, reuse = served("llama", store)
     with Loop(reuse) as loop:
         request = loop.submit(prompt(9, seed), max_new_tokens=2, on_token=lambda _: getattr(loop, what)())
         loop.run()
@@ -193,7 +205,7 @@ def test_a_callback_cannot_step_or_close(store: Store, what: str, seed: int) -> 
 
 
 def test_samplers_and_logits_processors(store: Store, seed: int) -> None:
-    model, reuse = attach("llama", store)
+    model, reuse = served("llama", store)
     ids = prompt(30, seed)
 
     def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -215,7 +227,7 @@ def test_samplers_and_logits_processors(store: Store, seed: int) -> None:
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "the model's own"])
 def test_an_answer_ends_where_its_last_token_says(store: Store, given: bool, seed: int) -> None:
-    model, reuse = attach("llama", store)
+    model, reuse = served("llama", store)
     ids = prompt(30, seed)
     whole = alone(model, ids)[0, 30:].tolist()
     end = whole[4]
@@ -231,7 +243,7 @@ def test_an_answer_ends_where_its_last_token_says(store: Store, given: bool, see
 
 
 def test_tenants_share_nothing(store: Store, seed: int) -> None:
-    model, reuse = attach("llama", store)
+    model, reuse = served("llama", store)
     ids = prompt(30, seed)
     with Loop(reuse) as loop:
         for tenant, cached in (("a", 0), ("b", 0), ("a", 29)):
@@ -242,10 +254,20 @@ def test_tenants_share_nothing(store: Store, seed: int) -> None:
     assert store.forget(owner="someone").blocks == 2 * 2
 
 
+def test_what_was_decided_of_a_load_is_told(store: Store, seed: int) -> None:
+    model, reuse = attach("llama", store)
+    ids = stored_prompt(model, reuse, 40, seed)
+    with Loop(reuse) as loop:
+        request = loop.submit(ids, max_new_tokens=1)
+        loop.run()
+    assert request.hit is not None and request.hit.decision is not None
+    assert request.hit.decision.loaded == request.hit.cached_tokens and request.hit.decision.matched == 39
+
+
 def test_a_chat(store: Store, tmp_path: Path, seed: int) -> None:
     model = build("llama")
     tokenizer = AutoTokenizer.from_pretrained(saved_model(tmp_path, True, model))
-    _, reuse = attach("llama", store)
+    _, reuse = served("llama", store)
     said = [{"role": "user", "content": "hello"}]
     with Loop(reuse) as loop:
         request = loop.chat(said, tokenizer, max_new_tokens=NEW)

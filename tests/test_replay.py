@@ -102,7 +102,10 @@ def test_a_queue_that_the_store_sees_brings_turns_from_memory(tmp_path: Path, su
     results = []
     for queue in (0, 8):
         with kvstore.open(tmp_path / f"cache-{queue}", host="1MiB", disk="256MiB") as store:
-            run = replayed(subject, store, logs.read(DEMO), tokens=2, interleave=True, queue=queue)
+            reuse = Reuse(subject.model, store, decide="always")
+            run = Replay(subject, store, reuse, tokens=2, interleave=True, queue=queue)
+            assert len(list(run.run(logs.read(DEMO)))) == len(run.rows)
+            assert store.flush()
             assert leases_left(store) == 0
             results.append(summary.summarize(run, "demo", {}))
     blind, told = results

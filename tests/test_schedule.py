@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 from blocks import NS, SMALL, found, ids, load_all, recount, save, wrong
-from gates import PATIENCE, fetches_are_over, only_on_disk
+from gates import MIB, PATIENCE, fetches_are_over, only_on_disk
 from queues import CHAINS, SHARE, SLOTS, counter, flags, job, jobs, scheduled, states
 
 import kvstore
 from kvstore import Answer, BadInput, Job
+from kvstore.rates import Rates
 
 
 def test_what_waiting_jobs_will_read_is_there_when_they_start(tmp_path: Path) -> None:
@@ -158,12 +159,18 @@ def test_priority_says_who_gets_memory_first(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_there_by_its_deadline_is_not_begun(tmp_path: Path) -> None:
+    now = 0.0
+    rates = Rates(clock=lambda: now)
+    for size in (MIB, 2 * MIB, 4 * MIB, 8 * MIB):
+        with rates.moving("read", size):
+            now += size / MIB
     with scheduled(tmp_path, CHAINS[:3]) as (store, _):
         assert states(store.schedule([job("a", CHAINS[0], deadline=0.0)])) == ["too far"]
         assert states(store.schedule([job("a", CHAINS[0], deadline=1e-9)])) == ["prefetching"]  # nothing is known yet
         fetches_are_over(store)
-        assert states(store.schedule([job("b", CHAINS[1], deadline=1e-9)])) == ["too far"]
-        assert states(store.schedule([job("c", CHAINS[2], deadline=1e9)])) == ["prefetching"]
+        store._mover.rates = rates  # a disk of a MiB in a second
+        assert states(store.schedule([job("b", CHAINS[1], deadline=0.01)])) == ["too far"]
+        assert states(store.schedule([job("b", CHAINS[1], deadline=1.0)])) == ["prefetching"]
 
 
 def test_answers_say_what_is_stored(tmp_path: Path) -> None:

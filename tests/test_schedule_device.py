@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
         if not opened._closed:
             nobody_waits(opened)
-            uploaded(opened)
+            at_rest(opened)
 
 
 def uploaded(store: Store, blocks: int = 0) -> None:
@@ -43,6 +43,20 @@ def uploaded(store: Store, blocks: int = 0) -> None:
         assert residency.changed.wait_for(lambda: counted(residency) >= blocks, PATIENCE)
     if residency.hot is not None and isinstance(residency.hot.tier, DeviceTier):
         residency.hot.tier._stream("kvstore-upload").record().wait()
+
+
+def at_rest(store: Store) -> None:
+    """Waits until no copy is under way, or about to be."""
+    residency = store._residency
+
+    def over() -> bool:
+        assert residency.hot is not None and isinstance(residency.hot.tier, DeviceTier)
+        residency.hot.tier._stream("kvstore-upload").record().wait()
+        residency.settle()
+        return not residency.index.leases
+
+    with residency.lock:
+        assert residency.changed.wait_for(over, PATIENCE)
 
 
 def counted(residency: Residency) -> int:
@@ -155,7 +169,7 @@ def test_who_loads_meanwhile_reads_behind_the_copy() -> None:
         assert read == [[]]
         load.release()
         nobody_waits(store)
-        uploaded(store, 1)
+        at_rest(store)
         assert recount(store) == recount_device(store) == []
 
 
@@ -170,7 +184,7 @@ def test_what_is_forgotten_during_the_copy_is_erased_behind_it() -> None:
         tier.gate.set()
         assert forgetting.result().deferred == 1  # in memory, as long as the copy reads it
         nobody_waits(store)
-        uploaded(store, 1)
+        at_rest(store)
         assert found(store, CHAINS[0], layout=WIDE).tokens == 0
         assert counter(store, "device_erased_blocks") == 1 and recount_device(store) == []
         assert not slot.memory.any()

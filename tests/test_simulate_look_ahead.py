@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.bench.simulate import look_ahead
 from kvstore.bench.simulate.look_ahead import DISK, MEMORY, Outcome, Served, Tiers, simulate
+from kvstore.bench.simulate.readers import read
 from kvstore.errors import BadInput
 
 
@@ -61,8 +62,8 @@ def test_slower_requests_are_counted() -> None:
 
 
 def test_a_queue_of_eight_finds_nine_tenths_in_memory_and_slows_nobody(traces: Path) -> None:
-    requests = look_ahead.read(traces / "conversation_trace.jsonl")
-    memory = len({block for blocks in requests for block in blocks}) // 100
+    trace = read(traces / "conversation_trace.jsonl")
+    requests, memory = [request.blocks for request in trace.requests], trace.unique_blocks // 100
     without = simulate(requests, memory)
     eight, many = simulate(requests, memory, 8, 12), simulate(requests, memory, 32, 12)
     assert without.in_memory < 0.2
@@ -72,15 +73,17 @@ def test_a_queue_of_eight_finds_nine_tenths_in_memory_and_slows_nobody(traces: P
 
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
-    trace.write_text("".join(json.dumps({"hash_ids": blocks}) + "\n" for blocks in drawn(1, 50)))
+    records = [
+        {"timestamp": number, "input_length": 512 * len(blocks), "output_length": 1, "hash_ids": blocks}
+        for number, blocks in enumerate(drawn(1, 50))
+    ]
+    trace.write_text("".join(json.dumps(record) + "\n" for record in records))
     look_ahead.main(trace, [0.2], [4], [0, 2], out)
     found = json.loads(out.read_text())
     assert (found["trace"], found["requests"]) == ("trace.jsonl", 50)
     assert [(row["look_ahead"], row["bandwidth"]) for row in found["results"]] == [(0, 0), (4, 0), (4, 2)]
     assert "not seen" in capsys.readouterr().out
-    for text, memory in (("", 0.1), ("{}", 0.1), ("no", 0.1), ('{"hash_ids": [1]}', 0.1)):
-        trace.write_text(text)
-        with pytest.raises(BadInput):
-            look_ahead.main(trace, [memory])
-    with pytest.raises(BadInput, match="JSONL"):
+    with pytest.raises(BadInput, match="--memory"):
+        look_ahead.main(trace, [0.001])
+    with pytest.raises(BadInput):
         look_ahead.main(tmp_path / "missing")

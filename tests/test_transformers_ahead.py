@@ -151,7 +151,7 @@ def test_the_pace_counts_the_tokens_that_were_read(store: Store, hits: list[Load
     """A prompt that is read in pieces: the first one's time is the first one's."""
     model, reuse = attach("llama", store)
     counted: list[int] = []
-    reuse._pace.computed = lambda _, tokens: counted.append(tokens)
+    reuse._pace.computed = lambda _, work: counted.append(work.new)
     hit = reuse.load(prompt(40, seed))
     with torch.no_grad():
         model(input_ids=prompt(40, seed)[:, :8], past_key_values=hit.cache, use_cache=True)

@@ -107,6 +107,8 @@ class ReuseCache(DynamicCache):
         recorder = self.recorder
         capture.listen(recorder.calls)
         self._reading = True
+        if self._timed:
+            self.loaded.begun()
         if is_matrix(ids) and ids.shape[0] != len(recorder.places):
             # `generate` repeats the inputs for beams and several returned sequences, but not the cache it is given.
             times, rest = divmod(ids.shape[0], len(recorder.places))
@@ -138,7 +140,7 @@ class ReuseCache(DynamicCache):
             capture.stop()  # what layers above rotate is not stored, and would be kept for nothing
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._timed:
-            self.loaded.passed(slot, key_states.shape[-2])
+            self.loaded.passed(slot, key_states.shape[0], key_states.shape[-2])
         return result
 
     # -- what changes the batch or its length -------------------------------------------------------------------------

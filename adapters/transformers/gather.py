@@ -72,7 +72,7 @@ class Gather:
         device: torch.device = CPU,  # where addresses of loads are, without a carrier
     ) -> None:
         self.loads, self.rows, self.columns = list(loads), [list(row) for row in rows], columns
-        self._specs, self._rotations, self._dtype = specs, rotations, dtype
+        self._specs, self._rotations, self.dtype = specs, rotations, dtype
         self._carrier = carrier
         self._source = device
         self._device = device if carrier is None else carrier.device
@@ -97,11 +97,11 @@ class Gather:
         shapes = [(len(places), spec.heads, size + room, dim) for dim in (spec.key_dim, spec.value_dim)]
         parts = [self._part(layer, place, row, start, size) for place, row in self._firsts(places).items()]
         if self._carrier is None:
-            keys, values = (empty(shape, self._dtype, self._device) for shape in shapes)
+            keys, values = (empty(shape, self.dtype, self._device) for shape in shapes)
             self._write(layer, places, parts, size, (keys, values))
             return Brought(keys, values)
         turns = self._carrier.turns
-        keys, values = (self._carrier.empty(turns, shape, self._dtype) for shape in shapes)
+        keys, values = (self._carrier.empty(turns, shape, self.dtype) for shape in shapes)
         turns.run(lambda: self._write(layer, places, parts, size, (keys, values)))
         event = turns.record()
         for part in parts:
@@ -126,7 +126,7 @@ class Gather:
                 load.ready(current(self._device))
             device = self._device if place.hot else self._source
             keys, values = (
-                at(address, (spec.heads, place.stride, dim), self._dtype, device)[:, low:high]
+                at(address, (spec.heads, place.stride, dim), self.dtype, device)[:, low:high]
                 for address, dim in ((place.keys, spec.key_dim), (place.values, spec.value_dim))
             )
             yield keys, values

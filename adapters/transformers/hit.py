@@ -12,6 +12,7 @@ from kvstore.adapters.transformers.batch import Plan
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.timeline import Span
 from kvstore.adapters.transformers.window import WindowCache
+from kvstore.policies.split import Decision
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Hit:
     cached_by_tier: dict[str, int]
     plan: Plan
     exact: bool = True  # nothing is reused out of the context that it was computed in
+    decision: Decision | None = None  # how much of what matched to load, and what was expected; None: nothing matched
 
     @property
     def timeline(self) -> list[Span]:

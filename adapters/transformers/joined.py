@@ -15,6 +15,7 @@ from kvstore.adapters.transformers.attach import Attached
 from kvstore.adapters.transformers.batch import Plan, Prompts, cut_by_columns, lay_out
 from kvstore.adapters.transformers.blended import Blended
 from kvstore.adapters.transformers.cache import ReuseCache
+from kvstore.adapters.transformers.choice import Choice, choose
 from kvstore.adapters.transformers.composed import Composed
 from kvstore.adapters.transformers.gather import Gather, Span
 from kvstore.adapters.transformers.hit import Hit, SavedTurn
@@ -57,6 +58,7 @@ class Joined:
     carrier: Carrier | None
     pace: Pace
     patience: float  # seconds that a forward pass waits for layers in all, before it computes them itself
+    decides: bool  # whether what is cached is loaded only where that is quicker than to compute it
 
     @property
     def windows(self) -> bool:
@@ -65,25 +67,28 @@ class Joined:
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
-    def load(self, match: Match) -> tuple[Load, int]:
+    def load(self, match: Match, choice: Choice | None = None) -> tuple[Load, int]:
         """Start a load; which tokens of the chain, up to which, can be counted on."""
         load = self.store.load(match, device=self.carrier is not None)
         # What fails before attention begins costs a shorter hit; layer 0 comes first, so it is soon known.
-        load.wait(0, timeout=self.patience)
+        load.wait(0, timeout=self.patience if choice is None else choice.patience)
         return load, match.skipped + min(load.tokens, load.good_tokens(len(self.layout.layers) - 1))
 
     def rows(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
         """A hit for prompts that go on from what is stored of them."""
         namespace = Namespace(self.fingerprint, tenant)
-        loads: list[Any] = []
-        misses, tokens = [], []
-        for ids in prompts.rows:
-            match = self.store.match(namespace, self.layout, ids)
-            load, good = self.load(match)
-            loads.append(load)
-            misses.append(match.miss)
-            tokens.append(good)
-        return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp)
+        matches = [self.store.match(namespace, self.layout, ids) for ids in prompts.rows]
+        choice = self._choose([len(ids) for ids in prompts.rows], matches)
+        misses = [match.miss for match in matches] if choice is None else choice.cut(matches)
+        begun = [self.load(match, choice) for match in matches]
+        loads, tokens = [load for load, _ in begun], [good for _, good in begun]
+        return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp, choice)
+
+    def _choose(self, tokens: list[int], matches: list[Match]) -> Choice | None:
+        """How much to load of what is cached of prompts of so many ``tokens``; None: all of it, whatever it takes."""
+        if not self.decides:
+            return None
+        return choose(self.store, self.pace, tokens, matches, self.carrier is not None, self.patience)
 
     def hit(
         self,
@@ -94,6 +99,7 @@ class Joined:
         tenant: str,
         by_columns: bool,
         stamp: object,
+        choice: Choice | None = None,
     ) -> Hit:
         """A hit of the first ``tokens`` of each row."""
         columns = max(tokens)
@@ -115,9 +121,9 @@ class Joined:
         if isinstance(stamp, str):
             recorder.end_all(stamp)
         spans = [[Span(place, 0, count, 0, columns - count)] if count else [] for place, count in enumerate(tokens)]
-        cache = self._cache(loads, spans, plan, recorder, stamp, tenant, None)
-        single = prompts.single
-        return Hit(cache, tokens[0] if single else tokens, misses[0] if single else misses, tiers, plan)
+        cache = self._cache(loads, spans, plan, recorder, stamp, tenant, None, choice)
+        cached, why = (tokens[0], misses[0]) if prompts.single else (tokens, misses)
+        return Hit(cache, cached, why, tiers, plan, decision=None if choice is None else choice.decision)
 
     def assembled(self, namespace: Namespace, composition: Composition, apart: bool) -> tuple[Assembly, list[Any]]:
         """A prompt resolved, and loads of its runs under way.
@@ -175,6 +181,7 @@ class Joined:
         stamp: object,
         tenant: str,
         composed: Composed | None,
+        choice: Choice | None = None,
     ) -> ReuseCache:
         attached, specs = self.attached, self.attached.specs
         kind = self.decoder.config._attn_implementation
@@ -187,10 +194,11 @@ class Joined:
             specs,
             recorder,
             nested_prefill(self.decoder, self.config, plan, columns, specs),
-            self.patience,
+            self.patience if choice is None else choice.patience,
             worker_for(self.store, new or len(scattered.columns if scattered else ()), self.carrier is not None),
             self.pace,
             whole=scattered is not None,
+            choice=choice,
         )
         return ReuseCache(
             self.owner(), loaded, recorder, attached.plan, specs, attached.dtype, plan, stamp, tenant, scattered

@@ -11,9 +11,11 @@ import torch
 
 from kvstore.adapters.transformers.ahead import Ahead, Worker
 from kvstore.adapters.transformers.buffers import LayerSpec, Pair
+from kvstore.adapters.transformers.choice import Choice
 from kvstore.adapters.transformers.gather import Brought, Gather
-from kvstore.adapters.transformers.pace import Pace
+from kvstore.adapters.transformers.pace import Pace, Work
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.adapters.transformers.stopwatch import Stopwatch, stopwatch
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Timeline
 from kvstore.tensors.streams import current
 
@@ -34,6 +36,7 @@ class Made(NamedTuple):
     aim: Aim
     brought: Brought
     seconds: float
+    copying: float = 0.0  # of them, after all bytes were there
 
 
 class Loaded:
@@ -54,6 +57,7 @@ class Loaded:
         worker: Worker | None = None,  # brings layers ahead of the model; None: they come when they are asked for
         pace: Pace | None = None,
         whole: bool = False,  # all columns of every layer are wanted, also those that a window would drop
+        choice: Choice | None = None,  # what was decided of the load
     ) -> None:
         self.recorder = recorder
         self.timeline = Timeline()
@@ -69,11 +73,13 @@ class Loaded:
         self._deadline_ahead: float | None = None  # of the worker, until then
         self._patience = patience
         self._pace = pace or Pace()
+        self._choice = choice
         self._untaken = len(specs)
-        self._loading = 0.0  # seconds that bringing the layers took which the model has taken
+        self._loading = self._copying = 0.0  # seconds that bringing the layers took which the model has taken
+        self._copied = 0  # bytes of them
+        self._watch: Stopwatch | None = None  # of the model's work, while the pass runs that the load is for
         self._computing: tuple[int, float] | None = None  # the layer that the model works on, and since when
-        self._computed = 0.0
-        self._new = 0  # columns that the model computes
+        self._new = (0, 0)  # sequences and columns that the model computes
         self._ahead: Ahead | None = None
         if worker is not None and self.columns:
             depth = self._pace.depth(self.columns, room, len(specs))
@@ -94,6 +100,8 @@ class Loaded:
         else:
             made = self._now(layer, aim)
         self._loading += made.seconds
+        self._copying += made.copying
+        self._copied += self._bytes(layer, aim)
         self._seed(layer)
         self._untaken -= 1
         if not self._untaken:
@@ -111,31 +119,42 @@ class Loaded:
 
     # -- what the model is doing --------------------------------------------------------------------------------------
 
+    def begun(self) -> None:
+        """The model begins the forward pass that the load is for."""
+        self._watch = stopwatch(self._specs[0].device)
+        self._watch.start()
+
     def reached(self, layer: int) -> None:
         """The model asks for a layer: what it did since the one before is over."""
+        if self._watch is not None:
+            self._watch.stop()
         if self._computing is not None:
             before, since = self._computing
-            now = time.perf_counter()
-            self.timeline.add(COMPUTE, before, since, now)
-            self._computed += now - since
+            self.timeline.add(COMPUTE, before, since, time.perf_counter())
             self._computing = None
 
-    def passed(self, layer: int, new: int) -> None:
-        """The model has what it asked for, and computes ``new`` columns."""
-        self._computing, self._new = (layer, time.perf_counter()), new
+    def passed(self, layer: int, rows: int, new: int) -> None:
+        """The model has what it asked for, and computes ``new`` columns of so many sequences."""
+        self._computing, self._new = (layer, time.perf_counter()), (rows, new)
+        if self._watch is not None:
+            self._watch.start()
         if self._ahead is not None:
             self._ahead.reached(layer)
 
     def finished(self) -> bool:
         """The forward pass that the load was for is over; whether it was one."""
+        watch = self._watch
         if self._computing is None:
+            self._watch = None
             return False
         whole = self._computing[0] == len(self._specs) - 1
         self.reached(len(self._specs))
-        if whole:  # else it failed half way
-            self._pace.computed(self._computed, self._new)
+        self._watch = None
+        if whole and watch is not None:  # else it failed half way
+            self._pace.computed(watch, Work(*self._new, self.columns))
             if not (self._untaken or self.recomputed):
                 self._pace.loaded(self._loading, self.columns)
+                self._pace.brought(self._copying, self._copied)
         return True
 
     # -- how a layer is had -------------------------------------------------------------------------------------------
@@ -152,6 +171,7 @@ class Loaded:
             made = self._tried(layer, aim)
             if made is not None:
                 return made
+            self._note_waiting(time.perf_counter())
             # Inside the forward pass the cut is out of reach: masks and positions count on these tokens.
             self.recorder.stop(f"layer {layer} could not be loaded and was computed again")
             self._instead = self._recompute()
@@ -179,7 +199,7 @@ class Loaded:
         brought = self._gather.layer(layer, aim.places, self._start(layer, aim), aim.columns, self._room(layer, aim))
         now = time.perf_counter()
         self.timeline.add(LOAD, layer, there, now)
-        return Made(aim, brought, now - begin)
+        return Made(aim, brought, now - begin, now - there if brought.event is None else 0.0)
 
     def _start(self, layer: int, aim: Aim) -> int:
         window = self._specs[layer].window
@@ -205,11 +225,25 @@ class Loaded:
                     row.seed(layer, *originals)  # they are all in one block
                 self._gather.read(source)
 
+    def _bytes(self, layer: int, aim: Aim) -> int:
+        """What is brought of a layer for the model."""
+        spec, columns = self._specs[layer], len(aim.places) * (aim.columns - self._start(layer, aim))
+        return columns * spec.heads * (spec.key_dim + spec.value_dim) * self._gather.dtype.itemsize
+
     def _note_fetches(self) -> None:
+        last = 0.0
         for layer in range(len(self._specs)):
             fetched = self._gather.fetched(layer)
             if fetched is not None:
                 self.timeline.add(FETCH, layer, *fetched)
+                last = max(last, fetched[1])
+        if last and self._instead is None:
+            self._note_waiting(last)
+
+    def _note_waiting(self, until: float) -> None:
+        """What was decided to be loaded had come by then, or was given up."""
+        if self._choice is not None and self._choice.decision.disk_seconds:
+            self._pace.fetched(self._choice.decision, until - self._choice.at)
 
 
 def _handed_over(brought: Brought, like: torch.Tensor) -> Pair:

@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from kvstore.adapters.transformers.hit import Hit
 from kvstore.errors import BadInput, KVStoreError
 from kvstore.keys import token_bytes
+from kvstore.policies.split import Decision
 
 State = Literal["waiting", "running", "done", "failed", "cancelled", "late"]
 Sampler = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -35,7 +37,7 @@ class Figures(NamedTuple):
 
     cached_tokens: int
     cached_by_tier: dict[str, int]
-    decision: Any
+    decision: Decision | None
 
 
 @dataclass(eq=False, repr=False)
@@ -106,9 +108,10 @@ class Request:
 
     # -- what the loop does with it -----------------------------------------------------------------------------------
 
-    def begin(self, hit: Any) -> None:
+    def begin(self, hit: Hit) -> None:
         """It runs, with this hit."""
-        self.hit = Figures(hit.cached_tokens, hit.cached_by_tier, getattr(hit, "decision", None))
+        assert isinstance(hit.cached_tokens, int)  # one prompt, not a batch
+        self.hit = Figures(hit.cached_tokens, hit.cached_by_tier, hit.decision)
         self.state = "running"
 
     def hear(self, logits: torch.Tensor) -> Exception | None:

@@ -29,11 +29,13 @@ from kvstore.errors import BadInput, Unsupported
 from kvstore.job import Answer
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import BLOCK_TOKENS, Layout
+from kvstore.match import Match
 from kvstore.plan import LayerPlan
 from kvstore.policies.overflow import Window
 from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
 
+MEASURED, ALWAYS = "measured", "always"  # when what is cached is loaded
 PATIENCE = 10.0  # seconds that a forward pass waits for layers in all, before it computes them itself
 
 
@@ -41,6 +43,9 @@ class Reuse:
     """Reuse of keys and values for one model. Runs the attach test; raises ``Unsupported`` with the reason.
 
     ``fingerprint`` overrides what identifies the model: a string that changes whenever its keys and values would.
+    ``patience``: seconds that a forward pass waits for layers in all, before it computes them itself, at most.
+    ``decide``: "measured" loads what is cached only where, going by what was measured, the first token comes no later
+    for it (``hit.decision``); "always" loads all of it.
     May be used from several threads at once, each with its own hits.
     """
 
@@ -52,13 +57,16 @@ class Reuse:
         fingerprint: str | Fingerprint | None = None,
         block_tokens: int = BLOCK_TOKENS,
         patience: float = PATIENCE,
+        decide: str = MEASURED,
     ) -> None:
+        if decide not in (MEASURED, ALWAYS):
+            raise BadInput(f"decide={decide!r} is not known; choose {MEASURED!r} or {ALWAYS!r}")
         self.model, self.store = model, store
         self._base = base_model(model)
         self._decoder = self._base.get_decoder()
         self._config = self._decoder.config.get_text_config(decoder=True)
         self._given_fingerprint = fingerprint
-        self._block_tokens, self._patience = block_tokens, patience
+        self._block_tokens, self._patience, self._decides = block_tokens, patience, decide == MEASURED
         self._pace = Pace()
         self._carrier: Carrier | None = None
         capture.install(self._decoder, self)
@@ -91,6 +99,7 @@ class Reuse:
             carrier=self._carrier,
             pace=self._pace,
             patience=self._patience,
+            decides=self._decides,
         )
 
     @property
@@ -236,6 +245,17 @@ class Reuse:
         changed = self._changed()
         fingerprint = self.fingerprint if changed is None else Fingerprint({"changed": changed})
         return schedule(self._joined, Namespace(fingerprint, tenant), waiting, self._padding)
+
+    def match(self, input_ids: Any, tenant: str = "") -> Match:
+        """What is stored of one prompt's token ids, for ``store.pin``, ``retain``, ``demote`` and ``forget``; to
+        be released. Raises ``BadInput``, and ``Unsupported`` for a model that has changed."""
+        changed = self._changed()
+        if changed is not None:
+            raise Unsupported(changed)
+        rows = read_prompts(input_ids, None, self._padding, self._config.vocab_size).rows
+        if len(rows) > 1:
+            raise BadInput("match looks up one prompt of token ids at a time")
+        return self.store.match(Namespace(self.fingerprint, tenant), self.layout, rows[0], whole=True)
 
     def window(self, policy: Window) -> WindowCache:
         """An empty cache of constant size for a conversation that is not stored: for the model, or ``generate``."""

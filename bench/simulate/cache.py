@@ -8,21 +8,20 @@ from kvstore.bench.simulate.requests import Request
 from kvstore.policies.look_ahead import LookAhead
 from kvstore.policies.shadow import Shadow
 from kvstore.policy import Clock, EvictionPolicy
-from kvstore.room import KEEP_FREE
 
 
 class Cache:
     """Holds ``capacity`` blocks between requests, all of one size, with a policy that runs on the trace's time.
 
-    As in the store, ``KEEP_FREE`` of its slots are free for what the next request brings, and are so once more when it
-    is served: then everything may go, what just came too.
+    What a request brings has room beside them while it is served, as in the store, which keeps some slots free for
+    that (``kvstore.room.KEEP_FREE``); then everything may go, what just came too.
     """
 
     def __init__(self, make: Callable[[Clock], EvictionPolicy], capacity: int, block_tokens: int) -> None:
         self._time = 0.0
         self._block_tokens = block_tokens
         self._policy = LookAhead(make(lambda: self._time))
-        self._shadow = Shadow(self._policy, capacity, int(capacity * KEEP_FREE / (1 - KEEP_FREE)))
+        self._shadow = Shadow(self._policy, capacity)
 
     @property
     def evictions(self) -> int:

@@ -58,7 +58,7 @@ class _Reader:
         parents: dict[int, int | None] = {}
         for block, parent in zip(ids, [ROOT, *ids], strict=False):
             known = parents.get(block, self._parents.get(block, parent))
-            if known != parent or (block in parents):
+            if known != parent:
                 raise BadRecord(f"block {block} stands {_behind(parent)} here and {_behind(known)} before; {CHAINED}")
             parents[block] = parent
         self._parents.update(parents)

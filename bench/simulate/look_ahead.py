@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvstore.bench.command import run_command
+from kvstore.bench.simulate.readers import read
 from kvstore.errors import BadInput
 from kvstore.loader import LEASE_SHARE
 from kvstore.policies.look_ahead import LookAhead
@@ -32,8 +33,8 @@ MEMORY, DISKS = 0, 1  # where a block is
 Chain = Sequence[int]
 
 HELP = """
-Replay the order of requests of a trace ("hash_ids") against memory and a disk ten times as large, with and without
-looking ahead in the queue.
+Replay the order of a trace's requests against memory and a disk ten times as large, with and without looking ahead in
+the queue.
 
 Prints which share of the prompts' blocks is found, and which share of those is in memory when a request starts.
 """
@@ -162,17 +163,6 @@ def simulate(requests: Sequence[Chain], memory: int, look_ahead: int = 0, bandwi
     return Outcome(memory, look_ahead, bandwidth, served)
 
 
-def read(path: Path) -> list[Chain]:
-    """The blocks of each request of a trace. Raises ``BadInput``."""
-    try:
-        found = [json.loads(line)["hash_ids"] for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f'{path} is no trace with "hash_ids" on each line: {error!r}; give a JSONL file') from error
-    if not found:
-        raise BadInput(f"{path} holds no request; give a JSONL file with one on each line")
-    return found
-
-
 def figures(outcome: Outcome, without: Outcome) -> dict[str, float]:
     """What is reported of an outcome, beside that without hints."""
     return {
@@ -188,7 +178,7 @@ def figures(outcome: Outcome, without: Outcome) -> dict[str, float]:
 
 
 def main(
-    trace: Annotated[Path, typer.Argument(help="A trace, JSONL.")],
+    trace: Annotated[Path, typer.Argument(help="A trace or a chat log, of any kind that can be simulated.")],
     memory: Annotated[
         list[float] | None, typer.Option(help="Memory, as a share of all different blocks (default: 0.01 and 0.02).")
     ] = None,
@@ -202,8 +192,8 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     memory, settings = memory or [0.01, 0.02], product(look_ahead or [8, 32], bandwidth or [12])
-    requests = read(trace)
-    unique = len(set(chain.from_iterable(requests)))
+    found = read(trace)
+    requests, unique = [request.blocks for request in found.requests], found.unique_blocks
     if min(memory) * unique < 1:
         raise BadInput(f"--memory {min(memory)} is less than one of {unique} blocks; give a larger share")
     every = [(0, 0), *settings]
@@ -219,8 +209,8 @@ def main(
                 bar.advance(task)
     show(rows)
     if json_path is not None:
-        found = {"trace": trace.name, "requests": len(requests), "unique_blocks": unique, "results": rows}
-        json_path.write_text(json.dumps(found, indent=2) + "\n")
+        told = {"trace": found.name, "requests": len(requests), "unique_blocks": unique, "results": rows}
+        json_path.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def show(rows: Sequence[dict[str, float]]) -> None:

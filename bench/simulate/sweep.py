@@ -8,8 +8,8 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from kvstore.bench.simulate.cache import Cache
 from kvstore.bench.simulate.minimum import Minimum
@@ -66,7 +66,8 @@ def simulate(trace: Trace, job: Job) -> Outcome:
         if job.policy == MINIMUM
         else Cache(POLICIES[job.policy], capacity, trace.block_tokens)
     )
-    requests, first = trace.requests, int(job.warm_up * len(trace.requests))
+    requests = trace.requests
+    first = min(int(job.warm_up * len(requests)), len(requests) - 1)
     hits = hit_tokens = blocks = tokens = 0
     for number, request in enumerate(requests):
         hit = server.serve(request, requests[number : number + job.look_ahead])
@@ -78,21 +79,24 @@ def simulate(trace: Trace, job: Job) -> Outcome:
 
 
 def sweep(trace: Trace, jobs: Iterable[Job]) -> Iterator[Outcome]:
-    """The outcomes, as they come. Interrupted, it leaves no process behind."""
-    jobs = list(jobs)
-    workers = min(_processors(), len(jobs))
+    """The outcomes, as they come; what has two names is simulated once. Interrupted, it leaves no process behind."""
+    alike: dict[Any, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault((POLICIES.get(job.policy), replace(job, policy="")), []).append(job)
+    workers = min(_processors(), len(alike))
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (trace,))
     try:
-        for done in as_completed([pool.submit(_simulate, job) for job in jobs]):
-            yield done.result()
+        futures = {pool.submit(_simulate, same[0]): same for same in alike.values()}
+        for done in as_completed(futures):
+            outcome = done.result()
+            yield from (replace(outcome, job=job) for job in futures[done])
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     finally:
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def _processors() -> int:

@@ -1,0 +1,198 @@
+"""Load or recompute: how much of what is cached to load, and how much to compute again, for the earliest first token.
+
+Layers are loaded while those before them compute. So a load whose last layers come late holds up little but these,
+and what is computed meanwhile costs nothing: often it is quickest to load some, and to compute the rest beside it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from kvstore.policies.cost import Costs, Line
+
+# A cut must win by both: else all is loaded, which spares the machine, and is right where little is known.
+CLEAR_SECONDS, CLEAR_SHARE = 0.025, 0.05
+MOST_CUTS = 512  # that are compared
+
+
+class Portion(NamedTuple):
+    """One block of a match: tokens used of it, where they are, and bytes to be read from disk for it."""
+
+    tokens: int
+    tier: str  # "device", "host" or "disk"
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What loading would take: for each row its blocks, and how the disk is.
+
+    ``disk``: its speed, None when it is not known. ``queued``: bytes that it has to move before. ``steps``: of what
+    comes from disk, which layers come together: shares of them all, (first, behind the last). ``token_bytes``: of one
+    token in all layers. ``layers``: how many there are.
+    """
+
+    rows: Sequence[Sequence[Portion]]
+    disk: Line | None
+    queued: int
+    steps: Sequence[tuple[float, float]]
+    token_bytes: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How many of the ``matched`` tokens are ``loaded``, and what was expected. ``str`` gives the reason.
+
+    Seconds are None where nothing is known. ``cuts``: tokens loaded of each row. ``first_token_seconds`` counts from
+    the decision to the end of the first forward pass, and so do ``all_loaded_seconds`` and ``all_computed_seconds``,
+    which are what it would be if everything, or nothing, were loaded. ``disk_seconds``: what the disk's own speed lets
+    expect of the reads. ``figures``: bytes in a second by tier, bytes queued, and by how much each expectation was
+    corrected.
+    """
+
+    matched: int
+    loaded: int
+    cuts: tuple[int, ...]
+    reason: str
+    load_seconds: float | None = None
+    prefill_seconds: float | None = None
+    first_token_seconds: float | None = None
+    all_loaded_seconds: float | None = None
+    all_computed_seconds: float | None = None
+    disk_seconds: float | None = None
+    new: int = 0  # tokens of each row that the pass computes
+    figures: Mapping[str, float] | None = None
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class _Option(NamedTuple):
+    """One way to begin, and what is expected of it."""
+
+    cuts: tuple[int, ...]  # tokens loaded of each row
+    new: int  # tokens of each row that are computed
+    disk: float  # seconds, as all below: what the disk's own speed lets expect of the reads
+    load: float
+    prefill: float
+    first_token: float
+    doubt: float  # how much longer computing may well take
+
+    @property
+    def loaded(self) -> int:
+        return sum(self.cuts)
+
+
+class _Ways:
+    """All ways to begin one batch."""
+
+    def __init__(self, tokens: Sequence[int], prospect: Prospect, costs: Costs) -> None:
+        self._tokens, self._prospect, self._costs = tokens, prospect, costs
+        self._ends = [list(accumulate((p.tokens for p in row), initial=0)) for row in prospect.rows]
+        self._bytes = [list(accumulate((p.bytes for p in row), initial=0)) for row in prospect.rows]
+
+    def all_loaded(self) -> _Option:
+        """Everything that there is."""
+        return self._option([len(row) for row in self._prospect.rows])
+
+    def all_computed(self) -> _Option:
+        """Nothing of it."""
+        return self._option([0] * len(self._tokens))
+
+    def between(self) -> Iterator[_Option]:
+        """With fewer and fewer tokens left to compute: of each row no more is loaded than that takes."""
+        pairs = list(zip(self._tokens, self._ends, strict=True))
+        least = max(tokens - ends[-1] for tokens, ends in pairs)
+        widths = sorted({width for tokens, ends in pairs for end in ends if (width := tokens - end) >= least})
+        for width in widths[:: -(-len(widths) // MOST_CUTS)]:
+            yield self._option([bisect_left(ends, tokens - width) for tokens, ends in pairs])
+
+    def _option(self, blocks: Sequence[int]) -> _Option:
+        """So many blocks of each row are loaded."""
+        prospect, costs = self._prospect, self._costs
+        cuts = tuple(ends[count] for ends, count in zip(self._ends, blocks, strict=True))
+        size = sum(sizes[count] for sizes, count in zip(self._bytes, blocks, strict=True))
+        new = max(tokens - cut for tokens, cut in zip(self._tokens, cuts, strict=True))
+        shape = len(cuts), new, max(cuts)
+        disk = prospect.disk.seconds(prospect.queued + size) / costs.hope if prospect.disk and size else 0.0
+        load = disk * costs.load_correction
+        if costs.host.line and any(cuts):
+            load += costs.host.line.seconds(sum(cuts) * prospect.token_bytes)
+        prefill = costs.prefill.seconds(*shape)
+        steps = prospect.steps if size else ((0.0, 1 / prospect.layers), (1 - 1 / prospect.layers, 1.0))
+        first_token = max(load * last + prefill * (1 - first) for first, last in steps)
+        return _Option(cuts, new, disk, load, prefill, first_token, costs.prefill.error(*shape))
+
+
+def split(tokens: Sequence[int], prospect: Prospect, costs: Costs, limit: float) -> Decision:
+    """What to load for prompts of so many ``tokens``. A load that would take longer than ``limit`` is not begun.
+
+    Microseconds for a block; where no more than a moment can be won, less.
+    """
+    whole = tuple(sum(portion.tokens for portion in row) for row in prospect.rows)
+    on_disk = sum(portion.tokens for row in prospect.rows for portion in row if portion.bytes)
+    unknown = _unknown(prospect, costs, on_disk)
+    if unknown:
+        return Decision(sum(whole), sum(whole), whole, f"all {sum(whole)} tokens are loaded: {unknown}")
+    ways = _Ways(tokens, prospect, costs)
+    everything, nothing = ways.all_loaded(), ways.all_computed()
+    chosen = everything
+    if everything.first_token > CLEAR_SECONDS:
+        possible = [nothing, *(way for way in ways.between() if way.load <= limit)]
+        best = min(possible, key=lambda way: way.first_token + way.doubt)
+        if everything.load > limit or _is_clear(best, everything):
+            chosen = best if _is_clear(best, nothing) else nothing
+    if everything.disk:
+        costs.decided(from_disk=chosen.disk > 0)
+    return _decision(chosen, everything, nothing, prospect, costs)
+
+
+def _unknown(prospect: Prospect, costs: Costs, on_disk: int) -> str:
+    """What would have to be known; empty when it is."""
+    if not costs.prefill.known:
+        return "it is not known yet how quickly the model reads"
+    return "it is not known yet how quick the disk is" if on_disk and prospect.disk is None else ""
+
+
+def _is_clear(way: _Option, other: _Option) -> bool:
+    won = other.first_token - way.first_token - (way.doubt if way.loaded < other.loaded else 0.0)
+    return won > max(CLEAR_SECONDS, CLEAR_SHARE * other.first_token)
+
+
+def _decision(chosen: _Option, everything: _Option, nothing: _Option, prospect: Prospect, costs: Costs) -> Decision:
+    matched, loaded = everything.loaded, chosen.loaded
+    either = f"all loaded {everything.first_token:.3g} s, all computed {nothing.first_token:.3g} s"
+    if loaded == matched:
+        reason = f"all {matched} tokens are loaded: a first token after {chosen.first_token:.3g} s ({either})"
+    else:
+        reason = (
+            f"{loaded} of {matched} tokens are loaded and the others computed again: a first token after "
+            f"{chosen.first_token:.3g} s ({either})"
+        )
+    figures = {
+        "queued_bytes": float(prospect.queued),
+        "load_correction": costs.load_correction,
+        "prefill_correction": costs.prefill.correction,
+    }
+    for tier, line in (("host", costs.host.line), ("disk", prospect.disk)):
+        if line is not None and line.per_byte:
+            figures[f"{tier}_bytes_per_second"] = 1 / line.per_byte
+    return Decision(
+        matched=matched,
+        loaded=loaded,
+        cuts=chosen.cuts,
+        reason=reason,
+        load_seconds=chosen.load,
+        prefill_seconds=chosen.prefill,
+        first_token_seconds=chosen.first_token,
+        all_loaded_seconds=everything.first_token,
+        all_computed_seconds=nothing.first_token,
+        disk_seconds=chosen.disk,
+        new=chosen.new,
+        figures=figures,
+    )
