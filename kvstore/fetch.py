@@ -14,7 +14,7 @@ from kvstore.block import Header
 from kvstore.mover import Priority
 from kvstore.residency import Resident
 
-PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size
+PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size, at most
 
 
 class Fetch:
@@ -29,8 +29,10 @@ class Fetch:
         header_bytes: int,
         priority: Priority = Priority.DEMAND,
         turn: tuple[int, int] = (0, 0),
+        part_bytes: int = PART_BYTES,
     ) -> None:
-        """``turn``: its place among fetches of this priority, before and behind the number of the part."""
+        """``turn``: its place among fetches of this priority, before and behind the number of the part. ``part_bytes``:
+        of one part, about."""
         self.number = number
         self.resident = resident
         self.view = view
@@ -38,7 +40,7 @@ class Fetch:
         self.layout = resident.layout
         self.offsets = self.layout.layer_offsets(resident.stride)
         self.header_bytes = header_bytes
-        self.parts = parts_of(self.offsets)
+        self.parts = parts_of(self.offsets, part_bytes)
         # Guarded by the store's lock: the header once it is there, and the tokens that loads expect the block to start
         # with.
         self.header: Header | None = None
@@ -166,16 +168,16 @@ class Fetch:
             return self._left == 0
 
 
-def parts_of(offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of layers (first, last + 1) of about ``PART_BYTES``.
+def parts_of(offsets: Sequence[int], part_bytes: int) -> list[tuple[int, int]]:
+    """Runs of layers (first, last + 1) of about ``part_bytes``.
 
     Where there are several, the first is layer 0 alone: an engine can begin when it has come.
     """
-    if offsets[-1] <= PART_BYTES:
+    if offsets[-1] <= part_bytes:
         return [(0, len(offsets) - 1)]
     bounds, first = [(0, 1)], 1
     for layer in range(2, len(offsets)):
-        if offsets[layer] - offsets[first] >= PART_BYTES or layer == len(offsets) - 1:
+        if offsets[layer] - offsets[first] >= part_bytes or layer == len(offsets) - 1:
             bounds.append((first, layer))
             first = layer
     return bounds

@@ -11,7 +11,7 @@ from functools import partial
 from kvstore.block import bad_pieces, decode_header
 from kvstore.errors import Corrupt, TierError
 from kvstore.families import NONE
-from kvstore.fetch import Fetch
+from kvstore.fetch import PART_BYTES, Fetch
 from kvstore.hot import Hold, Slot
 from kvstore.keys import TOKEN_BYTES
 from kvstore.lease import Lease
@@ -96,10 +96,11 @@ class Loader:
 
     def prospect(self, matches: Sequence[Match], device: bool) -> Prospect:
         """See ``Store.prospect``."""
-        disk, writing = self._mover.rates.reads, self._mover.rates.writing
+        rates = self._mover.rates
+        disk, writing, part = rates.reads, rates.writing, min(PART_BYTES, rates.part_bytes)
         with self._residency.lock:
             self._residency.check_open()
-            return prospect(matches, device, self._residency, self._fetches, disk, writing)
+            return prospect(matches, device, self._residency, self._fetches, disk, writing, part)
 
     def gauges(self) -> dict[str, int]:
         """How the disk is; nothing where there is none. Any thread."""
@@ -126,7 +127,8 @@ class Loader:
         if slot is None:
             return None
         resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
-        fetch = Fetch(number, resident, residency.host.view(slot), address, layout.header_bytes, priority, turn)
+        view, part = residency.host.view(slot), min(PART_BYTES, self._mover.rates.part_bytes)
+        fetch = Fetch(number, resident, view, address, layout.header_bytes, priority, turn, part)
         residency.hold([number])
         self._fetches[number] = fetch
         # Known to the policy from the start, so that its chain can be put in order at once.

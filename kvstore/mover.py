@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
 from itertools import count
@@ -35,7 +36,7 @@ class Mover:
         self._heap: list[tuple[int, tuple[int, ...], int, Callable[[], None]]] = []
         self._tie = count()
         self._threads: list[threading.Thread] = []
-        self._busy = self._saving = 0
+        self._running: Counter[int] = Counter()  # jobs, by priority
         self._closed = False
         self.rates = Rates()  # of what the jobs move; has a lock of its own
 
@@ -45,7 +46,7 @@ class Mover:
             if self._closed:
                 return False
             heapq.heappush(self._heap, (priority, order, next(self._tie), job))
-            if len(self._threads) < self._size and self._busy + len(self._heap) > len(self._threads):
+            if len(self._threads) < self._size and self._running.total() + len(self._heap) > len(self._threads):
                 name = f"kvstore-mover-{len(self._threads)}"
                 thread = threading.Thread(target=self._run, name=name, daemon=True)
                 try:
@@ -66,28 +67,29 @@ class Mover:
             thread.join()
 
     def _next(self) -> bool:
-        """Whether there is a job to begin. Some workers are always left for what somebody waits for: on a slow disk
-        each write keeps its worker for seconds. Locked."""
-        return bool(self._heap) and (self._heap[0][0] < Priority.SAVE or self._saving < max(1, self._size // 2))
+        """Whether there is a job to begin. Half of the workers are left for what somebody waits for. Locked."""
+        if not self._heap:
+            return False
+        priority = self._heap[0][0]
+        if priority == Priority.SAVE:
+            return self._running[priority] < max(1, min(self._size // 2, self.rates.at_once("write")))
+        return self._running[priority] < self.rates.at_once("read")
 
     def _run(self) -> None:
         job: Callable[[], None] | None = None
-        saves = False
+        priority = 0
         while True:
             with self._ready:
-                self._busy -= job is not None
-                self._saving -= saves
-                if saves:
+                if job is not None:
+                    self._running[priority] -= 1
                     self._ready.notify()  # this worker may take something else
-                job, saves = None, False
+                job = None
                 while not self._next() and not self._closed:
                     self._ready.wait()
                 if not self._heap:
                     return
                 priority, _, _, job = heapq.heappop(self._heap)
-                saves = priority == Priority.SAVE
-                self._busy += 1
-                self._saving += saves
+                self._running[priority] += 1
             try:
                 job()
             except Exception:  # top loop: a worker outlives a broken job

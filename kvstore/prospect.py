@@ -19,10 +19,11 @@ def prospect(
     fetches: Mapping[int, Fetch],
     disk: Line | None,
     writing: int,
+    part_bytes: int,
 ) -> Prospect:
     """Of matches of one layout that are loaded together; a block that several have is read once. Locked.
 
-    ``disk``: its speed. ``writing``: bytes of writes that are under way.
+    ``disk``: its speed. ``writing``: bytes of writes that are under way. ``part_bytes``: that are read at once.
     """
     layout, seen = matches[0].layout, set[int]()
 
@@ -40,6 +41,6 @@ def prospect(
     rows = [[portion(number, tokens) for number, tokens in match.blocks] for match in matches]
     queued = writing + sum(fetch.ahead for number, fetch in fetches.items() if number not in seen)
     layers = len(layout.layers)
-    parts = parts_of(layout.layer_offsets(layout.block_tokens))
+    parts = parts_of(layout.layer_offsets(layout.block_tokens), part_bytes)
     steps = [(first / layers, last / layers) for first, last in parts]
     return Prospect(rows, disk, queued, steps, layout.token_payload, layers)

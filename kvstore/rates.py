@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,11 @@ from typing import Literal, NamedTuple
 
 from kvstore.policies.cost import Line, Speed
 
+# Seconds of work that the disk has at once, and transfers at least. Reads come in the order in which layers are needed,
+# which is lost when many share the disk; and they have to wait for writes that are under way.
+MOMENTS = {"read": 0.05, "write": 0.5}
+PART_SECONDS = 0.02
+FEWEST = {"read": 2, "write": 1}
 SLICE = 0.25  # seconds of a disk that is never idle that make one measurement, at least
 
 Kind = Literal["read", "write"]
@@ -36,6 +42,8 @@ class Rates:
         self._over: list[_Transfer] = []  # of which a part is in no measurement yet
         self._since = 0.0  # when the stretch began
         self._speeds: dict[Kind, Speed] = {"read": Speed(), "write": Speed()}
+        self.part_bytes = sys.maxsize  # of a read that is short enough to wait for; replaced in one step
+        self._at_once: dict[Kind, int] = {"read": sys.maxsize, "write": sys.maxsize}
 
     @contextmanager
     def moving(self, kind: Kind, size: int) -> Iterator[None]:
@@ -69,8 +77,19 @@ class Rates:
             if within > 0:
                 moved[kind] += size * within / (end - begin)
         self._speeds["read" if moved["read"] >= moved["write"] else "write"].moved(int(sum(moved.values())), length)
+        for kind in self._at_once:
+            line = self._speeds[kind].line
+            size = max((transfer.size for transfer in self._over if transfer.kind == kind), default=0)
+            if line is not None and size * line.per_byte:
+                self._at_once[kind] = max(FEWEST[kind], int(MOMENTS[kind] / (size * line.per_byte)))
+            if kind == "read" and line is not None and line.per_byte:
+                self.part_bytes = int(PART_SECONDS / line.per_byte)
         self._over = [transfer for transfer in self._over if transfer.end > known]
         self._since = known
+
+    def at_once(self, kind: Kind) -> int:
+        """How many transfers like the latest are to be under way together, so that the disk is busy, and no more."""
+        return self._at_once[kind]
 
     @property
     def writing(self) -> int:

@@ -17,6 +17,7 @@ ROUNDS = 5
 FAR = 2.0  # times the usual error: what is further off counts less
 LEAST_ERROR = 0.03  # relative, of any measurement
 DOUBT = 0.3  # relative error that few measurements may hide: this, over their number
+BOUND = 0.03  # relative error of a measurement that would say that one quantity makes up the longest work
 FIXED = 1e-3  # how strongly the first cost is held down, against what was measured
 ALIKE = 0.01  # how strongly costs that are alike are held together, against what was measured
 
@@ -88,10 +89,11 @@ class Fit:
         rows = [[x / size for x, size in zip(one.work, scale, strict=True)] for one in seen]
         age = [self._memory ** (self._count - one.number) for one in seen]
         expected, trust, error = [one.seconds for one in seen], [1.0] * len(seen), LEAST_ERROR
+        longest = max(expected, default=1.0)
         costs, squares = [0.0] * self._width, _zeros(self._width)
         for _ in range(ROUNDS):
             weights = [a * t / e**2 for a, t, e in zip(age, trust, expected, strict=True)]
-            squares = self._squares(rows, weights, scale)
+            squares = self._squares(rows, weights, scale, longest)
             right = [
                 sum(w * row[i] * one.seconds for w, row, one in zip(weights, rows, seen, strict=True))
                 for i in range(self._width)
@@ -106,7 +108,7 @@ class Fit:
         error += DOUBT / max(len(seen), 1)
         return _Solved(tuple(c / size for c, size in zip(costs, scale, strict=True)), error, unscaled)
 
-    def _squares(self, rows: Sequence[Vector], weights: Vector, scale: Vector) -> Matrix:
+    def _squares(self, rows: Sequence[Vector], weights: Vector, scale: Vector, longest: float) -> Matrix:
         squares = _zeros(self._width)
         for i in range(self._width):
             for j in range(i, self._width):
@@ -117,9 +119,10 @@ class Fit:
             squares[i][i] += hold / scale[i] ** 2
             squares[j][j] += hold / scale[j] ** 2
             squares[i][j] = squares[j][i] = squares[i][j] - hold / scale[i] / scale[j]
-        # What can be told apart in no way is the work's, not the first quantity's, which is there whatever the work is.
+        # No quantity makes up more than all of the longest work. And what cannot be told apart is the work's, not the
+        # first quantity's, which is there whatever the work is.
         for i in range(self._width):
-            squares[i][i] = squares[i][i] * (1 + (1e-9 if i else FIXED)) + 1e-12
+            squares[i][i] = squares[i][i] * (1 if i else 1 + FIXED) + (BOUND / longest) ** 2
         return squares
 
 

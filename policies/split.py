@@ -51,8 +51,8 @@ class Decision:
     Seconds are None where nothing is known. ``cuts``: tokens loaded of each row. ``first_token_seconds`` counts from
     the decision to the end of the first forward pass, and so do ``all_loaded_seconds`` and ``all_computed_seconds``,
     which are what it would be if everything, or nothing, were loaded. ``disk_seconds``: what the disk's own speed lets
-    expect of the reads. ``figures``: bytes in a second by tier, bytes queued, and by how much each expectation was
-    corrected.
+    expect of the reads. ``opening``: the share of it until the pass can begin; None when nothing is read. ``figures``:
+    bytes in a second by tier, bytes queued, and by how much each expectation was corrected.
     """
 
     matched: int
@@ -65,7 +65,7 @@ class Decision:
     all_loaded_seconds: float | None = None
     all_computed_seconds: float | None = None
     disk_seconds: float | None = None
-    new: int = 0  # tokens of each row that the pass computes
+    opening: float | None = None
     figures: Mapping[str, float] | None = None
 
     def __str__(self) -> str:
@@ -76,12 +76,12 @@ class _Option(NamedTuple):
     """One way to begin, and what is expected of it."""
 
     cuts: tuple[int, ...]  # tokens loaded of each row
-    new: int  # tokens of each row that are computed
     disk: float  # seconds, as all below: what the disk's own speed lets expect of the reads
     load: float
     prefill: float
     first_token: float
     doubt: float  # how much longer computing may well take
+    reads: int  # bytes from disk
 
     @property
     def loaded(self) -> int:
@@ -126,7 +126,7 @@ class _Ways:
         prefill = costs.prefill.seconds(*shape)
         steps = prospect.steps if size else ((0.0, 1 / prospect.layers), (1 - 1 / prospect.layers, 1.0))
         first_token = max(load * last + prefill * (1 - first) for first, last in steps)
-        return _Option(cuts, new, disk, load, prefill, first_token, costs.prefill.error(*shape))
+        return _Option(cuts, disk, load, prefill, first_token, costs.prefill.error(*shape), size)
 
 
 def split(tokens: Sequence[int], prospect: Prospect, costs: Costs, limit: float) -> Decision:
@@ -135,45 +135,43 @@ def split(tokens: Sequence[int], prospect: Prospect, costs: Costs, limit: float)
     Microseconds for a block; where no more than a moment can be won, less.
     """
     whole = tuple(sum(portion.tokens for portion in row) for row in prospect.rows)
-    on_disk = sum(portion.tokens for row in prospect.rows for portion in row if portion.bytes)
-    unknown = _unknown(prospect, costs, on_disk)
-    if unknown:
-        return Decision(sum(whole), sum(whole), whole, f"all {sum(whole)} tokens are loaded: {unknown}")
+    if not costs.prefill.known:
+        reason = f"all {sum(whole)} tokens are loaded: it is not known yet how quickly the model reads"
+        return Decision(sum(whole), sum(whole), whole, reason)
     ways = _Ways(tokens, prospect, costs)
     everything, nothing = ways.all_loaded(), ways.all_computed()
     chosen = everything
+    reads = any(portion.bytes for row in prospect.rows for portion in row)
+    if reads and prospect.disk is None:
+        reason = f"all {sum(whole)} tokens are loaded: it is not known yet how quick the disk is"
+        return _decision(reason, everything, None, nothing, prospect, costs)
     if everything.first_token > CLEAR_SECONDS:
         possible = [nothing, *(way for way in ways.between() if way.load <= limit)]
-        best = min(possible, key=lambda way: way.first_token + way.doubt)
-        if everything.load > limit or _is_clear(best, everything):
+        if everything.load > limit or any(_is_clear(way, everything) for way in possible):
+            best = min(possible, key=lambda way: way.first_token)
             chosen = best if _is_clear(best, nothing) else nothing
-    if everything.disk:
+    if reads:
         costs.decided(from_disk=chosen.disk > 0)
-    return _decision(chosen, everything, nothing, prospect, costs)
-
-
-def _unknown(prospect: Prospect, costs: Costs, on_disk: int) -> str:
-    """What would have to be known; empty when it is."""
-    if not costs.prefill.known:
-        return "it is not known yet how quickly the model reads"
-    return "it is not known yet how quick the disk is" if on_disk and prospect.disk is None else ""
+    kept = f"all {sum(whole)} tokens are loaded"
+    if chosen.loaded < sum(whole):
+        kept = f"{chosen.loaded} of {sum(whole)} tokens are loaded and the others computed again"
+    reason = (
+        f"{kept}: a first token after {chosen.first_token:.3g} s (all loaded {everything.first_token:.3g} s, all "
+        f"computed {nothing.first_token:.3g} s)"
+    )
+    return _decision(reason, chosen, everything, nothing, prospect, costs)
 
 
 def _is_clear(way: _Option, other: _Option) -> bool:
+    """Whether one is clearly quicker; even if computing, of which it has more, takes longer than expected."""
     won = other.first_token - way.first_token - (way.doubt if way.loaded < other.loaded else 0.0)
     return won > max(CLEAR_SECONDS, CLEAR_SHARE * other.first_token)
 
 
-def _decision(chosen: _Option, everything: _Option, nothing: _Option, prospect: Prospect, costs: Costs) -> Decision:
-    matched, loaded = everything.loaded, chosen.loaded
-    either = f"all loaded {everything.first_token:.3g} s, all computed {nothing.first_token:.3g} s"
-    if loaded == matched:
-        reason = f"all {matched} tokens are loaded: a first token after {chosen.first_token:.3g} s ({either})"
-    else:
-        reason = (
-            f"{loaded} of {matched} tokens are loaded and the others computed again: a first token after "
-            f"{chosen.first_token:.3g} s ({either})"
-        )
+def _decision(
+    reason: str, chosen: _Option, everything: _Option | None, nothing: _Option, prospect: Prospect, costs: Costs
+) -> Decision:
+    """``everything`` is None when it is not known what loading takes; ``chosen`` is everything then."""
     figures = {
         "queued_bytes": float(prospect.queued),
         "load_correction": costs.load_correction,
@@ -182,17 +180,20 @@ def _decision(chosen: _Option, everything: _Option, nothing: _Option, prospect: 
     for tier, line in (("host", costs.host.line), ("disk", prospect.disk)):
         if line is not None and line.per_byte:
             figures[f"{tier}_bytes_per_second"] = 1 / line.per_byte
+    known, opening = everything is not None, None
+    if chosen.reads:
+        opening = (prospect.queued + prospect.steps[0][1] * chosen.reads) / (prospect.queued + chosen.reads)
     return Decision(
-        matched=matched,
-        loaded=loaded,
+        matched=sum(portion.tokens for row in prospect.rows for portion in row),
+        loaded=chosen.loaded,
         cuts=chosen.cuts,
         reason=reason,
-        load_seconds=chosen.load,
+        load_seconds=chosen.load if known else None,
         prefill_seconds=chosen.prefill,
-        first_token_seconds=chosen.first_token,
-        all_loaded_seconds=everything.first_token,
+        first_token_seconds=chosen.first_token if known else None,
+        all_loaded_seconds=None if everything is None else everything.first_token,
         all_computed_seconds=nothing.first_token,
-        disk_seconds=chosen.disk,
-        new=chosen.new,
+        disk_seconds=chosen.disk if known else None,
+        opening=opening,
         figures=figures,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.adapters.transformers.pace import Pace
+from kvstore.load import Load
 from kvstore.match import Match, Miss
 from kvstore.policies.split import Decision
 from kvstore.store import Store
@@ -15,6 +16,8 @@ from kvstore.store import Store
 # all of that is a moment, a busy machine is no reason to give up.
 GRACE = 2.0
 TAKEN = 0.8  # of the patience, that a load may be expected to take
+LATE = 1.5  # times as long as expected, that its first layer must take then
+WORSE = 1.25  # times as long as computing everything, that a load must look like taking when it is given up
 
 
 @dataclass(frozen=True)
@@ -25,26 +28,42 @@ class Choice:
     at: float  # when (``time.perf_counter``)
     patience: float  # seconds that the model waits for layers in all
 
-    def cut(self, matches: Sequence[Match]) -> list[Miss]:
-        """Leaves of each match only what is to be loaded; why each ends where it ends then."""
-        return [self._cut(match, kept) for match, kept in zip(matches, self.decision.cuts, strict=True)]
+    def cut(self, matches: Sequence[Match]) -> None:
+        """Leaves of each match only what is to be loaded, and a miss that says so."""
+        for match, kept in zip(matches, self.decision.cuts, strict=True):
+            if kept < match.tokens:
+                left = match.tokens - kept
+                match.cut(kept)
+                text = f"from token {kept} on, recomputing {left} tokens is quicker than loading them"
+                match.miss = Miss("recompute", kept, text)
 
-    def _cut(self, match: Match, kept: int) -> Miss:
-        if kept == match.tokens:
-            return match.miss
-        left = match.tokens - kept
-        match.cut(kept)
-        return Miss("recompute", kept, f"from token {kept} on, recomputing {left} tokens is quicker than loading them")
+    def waits_for(self, load: Load, match: Match, pace: Pace) -> bool:
+        """Waits for the first layer; False: by what it takes, computing everything is quicker than what is left.
+
+        So a disk that is much slower than expected costs what its first layer takes, at most."""
+        opening, anew = self.decision.opening, self.decision.all_computed_seconds
+        limit = self.patience
+        if opening is not None and opening < 1 and anew is not None and len(self.decision.cuts) == 1:
+            limit = max(WORSE * anew * opening / (1 - opening), LATE * (self.decision.load_seconds or 0.0) * opening)
+        load.wait(0, timeout=min(limit, self.patience))
+        took = time.perf_counter() - self.at
+        if took < limit or opening is None or load.good_tokens() < load.tokens:
+            return True
+        pace.fetched(self.decision, took / opening)
+        text = f"loading took longer than expected, and recomputing all {match.tokens} tokens is quicker"
+        match.miss = Miss("recompute", 0, text)
+        return False
 
 
 def choose(
     store: Store, pace: Pace, tokens: Sequence[int], matches: Sequence[Match], device: bool, patience: float
 ) -> Choice | None:
-    """For matches of prompts of so many ``tokens``, loaded together, to a ``device`` or not; None: nothing matched.
+    """For matches of prompts of so many ``tokens``, loaded together, to a ``device`` or not.
 
-    ``patience``: seconds that the model waits for layers at most. What would take longer is not begun.
+    ``patience``: seconds that the model waits for layers at most; what would take longer is not begun. None: nothing
+    matched, or nothing is to be decided.
     """
-    if not any(match.tokens for match in matches):
+    if not (pace.decides and any(match.tokens for match in matches)):
         return None
     at = time.perf_counter()
     decision = pace.decide(tokens, store.prospect(matches, device), TAKEN * patience)

@@ -58,7 +58,6 @@ class Joined:
     carrier: Carrier | None
     pace: Pace
     patience: float  # seconds that a forward pass waits for layers in all, before it computes them itself
-    decides: bool  # whether what is cached is loaded only where that is quicker than to compute it
 
     @property
     def windows(self) -> bool:
@@ -71,24 +70,24 @@ class Joined:
         """Start a load; which tokens of the chain, up to which, can be counted on."""
         load = self.store.load(match, device=self.carrier is not None)
         # What fails before attention begins costs a shorter hit; layer 0 comes first, so it is soon known.
-        load.wait(0, timeout=self.patience if choice is None else choice.patience)
+        if choice is None:
+            load.wait(0, timeout=self.patience)
+        elif not choice.waits_for(load, match, self.pace):
+            return load, 0
         return load, match.skipped + min(load.tokens, load.good_tokens(len(self.layout.layers) - 1))
 
     def rows(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
         """A hit for prompts that go on from what is stored of them."""
         namespace = Namespace(self.fingerprint, tenant)
         matches = [self.store.match(namespace, self.layout, ids) for ids in prompts.rows]
-        choice = self._choose([len(ids) for ids in prompts.rows], matches)
-        misses = [match.miss for match in matches] if choice is None else choice.cut(matches)
+        lengths, on_device = [len(ids) for ids in prompts.rows], self.carrier is not None
+        choice = choose(self.store, self.pace, lengths, matches, on_device, self.patience)
+        if choice is not None:
+            choice.cut(matches)
         begun = [self.load(match, choice) for match in matches]
         loads, tokens = [load for load, _ in begun], [good for _, good in begun]
+        misses = [match.miss for match in matches]
         return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp, choice)
-
-    def _choose(self, tokens: list[int], matches: list[Match]) -> Choice | None:
-        """How much to load of what is cached of prompts of so many ``tokens``; None: all of it, whatever it takes."""
-        if not self.decides:
-            return None
-        return choose(self.store, self.pace, tokens, matches, self.carrier is not None, self.patience)
 
     def hit(
         self,

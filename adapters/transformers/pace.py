@@ -27,7 +27,9 @@ class Work(NamedTuple):
 class Pace:
     """What is known of one model beside one store. Any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, decides: bool = True) -> None:
+        """``decides``: whether what is cached may be computed again where that is quicker."""
+        self.decides = decides
         self._lock = threading.Lock()  # guards the fields below
         self._load = self._prefill = 0.0  # running means of seconds per token over all layers; 0: not measured yet
         self._costs = Costs()

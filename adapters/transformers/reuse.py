@@ -66,8 +66,8 @@ class Reuse:
         self._decoder = self._base.get_decoder()
         self._config = self._decoder.config.get_text_config(decoder=True)
         self._given_fingerprint = fingerprint
-        self._block_tokens, self._patience, self._decides = block_tokens, patience, decide == MEASURED
-        self._pace = Pace()
+        self._block_tokens, self._patience = block_tokens, patience
+        self._pace = Pace(decide == MEASURED)
         self._carrier: Carrier | None = None
         capture.install(self._decoder, self)
         self._joined: Joined
@@ -99,7 +99,6 @@ class Reuse:
             carrier=self._carrier,
             pace=self._pace,
             patience=self._patience,
-            decides=self._decides,
         )
 
     @property

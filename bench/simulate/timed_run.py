@@ -16,16 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 
 from kvstore.bench.simulate.requests import Trace
-from kvstore.bench.simulate.timed_tiers import Machine, Tiers
+from kvstore.bench.simulate.timed_tiers import Machine, Strategy, Tiers
 from kvstore.loader import LEASE_SHARE
-from kvstore.policies.look_ahead import LookAhead
 from kvstore.policies.windows import Windows
-from kvstore.policy import Clock, EvictionPolicy
 
-FEW = 32  # policies hear of the queue again when one in so many of its requests has changed
+FEW = 32  # a policy hears of the queue again when one in so many of the requests that it knows of has changed
 FIRST = -1
 
 
@@ -96,15 +94,6 @@ def recorded(trace: Trace) -> list[Turn]:
     ]
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """What a cache does."""
-
-    policies: Callable[[Clock], tuple[EvictionPolicy, EvictionPolicy]]  # of memory and of disk
-    look_ahead: bool = False  # what the queue needs is evicted last
-    prefetch: bool = False  # what the queue needs is read to memory in advance
-
-
 @dataclass(slots=True)
 class Served:
     """What came of one request, in seconds and tokens."""
@@ -141,21 +130,21 @@ class _Worker:
 
 
 class Run:
-    """One strategy on one machine. ``served`` is in the order of the turns, ``busy`` is of all workers."""
+    """One strategy on one machine. ``served`` is in the order of the turns. ``ended`` is called after each request."""
 
-    def __init__(self, turns: Sequence[Turn], machine: Machine, strategy: Strategy) -> None:
+    def __init__(
+        self, turns: Sequence[Turn], machine: Machine, strategy: Strategy, ended: Callable[[], object] = lambda: None
+    ) -> None:
         self.served = [Served(0.0, prompt=turn.prompt) for turn in turns]
         self.now = 0.0
-        self._turns, self._machine, self._strategy = turns, machine, strategy
-        memory, disk = (
-            LookAhead(policy) if strategy.look_ahead else policy for policy in strategy.policies(lambda: self.now)
-        )
-        self.tiers = Tiers(machine, (memory, disk), self._after, self._arrived)
+        self._turns, self._machine, self._strategy, self._ended = turns, machine, strategy, ended
+        self.tiers = Tiers(machine, strategy.made(lambda: self.now), self._after, self._arrived)
         self._following = {turn.before: number for number, turn in enumerate(turns) if turn.before != FIRST}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tie = count()
         self._queue: deque[int] = deque()
-        self._changes = 0  # of the queue, since policies heard of it
+        self._changes = 0  # of the queue
+        self._told = [0, 0]  # how many of them the policies of memory and of the disk have heard of
         self._workers = [_Worker() for _ in range(machine.workers)]
         self._windows, self._wanted = Windows(), Counter[int]()
         self._fetched: deque[list[int]] = deque()  # what is held for each of the first requests of the queue
@@ -168,9 +157,8 @@ class Run:
         """Seconds in which workers prefilled or decoded, together."""
         return sum(worker.busy for worker in self._workers)
 
-    def finish(self, ended: Callable[[], object] = lambda: None) -> None:
-        """Serves all requests; ``ended`` is called with each."""
-        self._ended = ended
+    def finish(self) -> None:
+        """Serves all requests."""
         while self._events:
             self.now, _, event = heappop(self._events)
             event()
@@ -220,12 +208,13 @@ class Run:
 
     def _prefetch(self) -> None:
         """Reads for requests that wait, the nearest first, as far as the window reaches. What was read stays."""
-        if self._strategy.look_ahead and self._changes > len(self._queue) // FEW:
-            self._changes = 0
-            self.tiers.schedule([self.tiers.found(self._turns[number].blocks) for number in self._queue])
+        window = min(self._windows.prefetch(int(self._machine.memory * LEASE_SHARE)), len(self._queue))
+        if self._strategy.look_ahead:
+            self._tell(2 * window, on_disk=False)
+            everything = self._windows.eviction(self._machine.memory + self._machine.disk)
+            self._tell(min(everything, len(self._queue)), on_disk=True)
         if not self._strategy.prefetch:
             return
-        window = min(self._windows.prefetch(int(self._machine.memory * LEASE_SHARE)), len(self._queue))
         self.tiers.protect(window)
         while len(self._fetched) < window:
             found = self.tiers.found(self._turns[self._queue[len(self._fetched)]].blocks)
@@ -236,6 +225,13 @@ class Run:
             self.tiers.fetch(found, waited_for=False)
             self._fetched.append(found)
         self.tiers.protect(0)
+
+    def _tell(self, jobs: int, on_disk: bool) -> None:
+        """A tier hears of so many waiting requests, when more than a few of them have changed."""
+        if self._changes - self._told[on_disk] > jobs // FEW:
+            self._told[on_disk] = self._changes
+            queue = islice(self._queue, jobs)
+            self.tiers.schedule([self.tiers.found(self._turns[number].blocks) for number in queue], on_disk)
 
     # -- workers ---------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 A block that was on disk and comes to memory stays on disk too, so it is not written again when it leaves memory. One
 read and one write run at a time, each at its bandwidth. Reads that a request waits for go before those in advance.
 What leaves memory and has no copy on disk goes through a write buffer beside the memory; it is still in host memory as
-long as it is there, and what finds the buffer full is lost.
+long as it is there, and what finds the buffer full is lost. A buffer has room for one block at least.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import filterfalse, takewhile
 
 from kvstore.policies.look_ahead import LookAhead
-from kvstore.policy import Arrival, EvictionPolicy
+from kvstore.policy import Arrival, Clock, EvictionPolicy
 
-WRITE_BUFFER = 0.1  # of the host memory's capacity, beside it
+CLEARED = 1 / 256  # of the disk, at a time, when it is full
 After = Callable[[float, Callable[[], None]], None]  # so many seconds from now, call this
 
 
@@ -29,6 +30,7 @@ class Machine:
     gpus: int  # of one worker
     memory: int  # bytes of host memory for blocks
     disk: int  # bytes
+    buffer: int  # bytes beside the memory, for what is written
     link: float  # host memory to device
     read: float  # disk to host memory
     write: float  # host memory to disk
@@ -41,6 +43,20 @@ class Machine:
         """Seconds for a prompt of which the first ``hit`` tokens are loaded, layer by layer under the computation."""
         computed = (prompt - hit) * self.linear + (prompt * prompt - hit * hit) * self.quadratic
         return max(computed, hit * self.token_bytes / self.link)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a cache does."""
+
+    policies: Callable[[Clock], tuple[EvictionPolicy, EvictionPolicy]]  # of memory and of disk
+    look_ahead: bool = False  # what the queue needs is evicted last
+    prefetch: bool = False  # what the queue needs is read to memory in advance
+
+    def made(self, clock: Clock) -> tuple[EvictionPolicy, EvictionPolicy]:
+        """Policies of a run, of memory and of disk."""
+        memory, disk = self.policies(clock)
+        return (LookAhead(memory), LookAhead(disk)) if self.look_ahead else (memory, disk)
 
 
 class Tiers:
@@ -148,11 +164,12 @@ class Tiers:
 
     # -- what the queue says ---------------------------------------------------------------------------------------
 
-    def schedule(self, chains: Sequence[Sequence[int]]) -> None:
-        """Tells those policies that look ahead what waiting requests will find, the nearest first."""
-        for policy in (self._memory_policy, self._disk_policy):
-            if isinstance(policy, LookAhead):
-                policy.schedule(chains)
+    def schedule(self, chains: Sequence[Sequence[int]], on_disk: bool) -> None:
+        """Tells the policy of memory, or that of the disk, what waiting requests will find, the nearest first; one that
+        does not look ahead does not hear it."""
+        policy = self._disk_policy if on_disk else self._memory_policy
+        if isinstance(policy, LookAhead):
+            policy.schedule(chains)
 
     def protect(self, window: int) -> None:
         """What so many requests wait for stays in memory, if the policy looks ahead; 0: everything may go."""
@@ -178,20 +195,28 @@ class Tiers:
 
     def _shrink(self, needed: int = 0) -> bool:
         """Memory lets go of blocks until so many bytes are free; False: the rest of it has to stay."""
-        while self._memory_used + needed > self._machine.memory:
-            victim = next(filterfalse(self._held.__contains__, self._memory_policy.victims()), None)
-            if victim is None:
-                return False
-            size, copied = self._known[victim].size, victim in self._disk or victim in self._writing
-            full = self._disk_used + size > self._machine.disk
-            wanted = not copied and (not full or self._memory_policy.admits(victim))
-            self._leave_memory(victim)
-            if wanted:
-                self._write(victim, size)
-        return True
+        leaving, freed = list[int](), self._machine.memory - self._memory_used
+        if freed < needed:
+            for victim in filterfalse(self._held.__contains__, self._memory_policy.victims()):
+                leaving.append(victim)
+                freed += self._known[victim].size
+                if freed >= needed:
+                    break
+        for victim in leaving:
+            self._demote(victim)
+        return freed >= needed
+
+    def _demote(self, victim: int) -> None:
+        """A block leaves memory for the disk, if it is not there and deserves it."""
+        size, limit = self._known[victim].size, self._machine.disk
+        wanted = size <= limit and victim not in self._disk and victim not in self._writing
+        wanted = wanted and (self._disk_used + size <= limit or self._disk_policy.admits(victim))
+        self._leave_memory(victim)
+        if wanted:
+            self._write(victim, size)
 
     def _write(self, block: int, size: int) -> None:
-        if self._buffered + size > WRITE_BUFFER * self._machine.memory:
+        if self._buffered and self._buffered + size > self._machine.buffer:
             self.lost += size
             return
         self._buffered += size
@@ -206,11 +231,8 @@ class Tiers:
         self._writing.remove(block)
         self._buffered -= size
         self.written += size
-        while self._disk_used + size > self._machine.disk:
-            victim = next(filterfalse(self._reading.__contains__, self._disk_policy.victims()), None)
-            if victim is None:
-                break
-            self._leave_disk(victim)
+        if self._disk_used + size > self._machine.disk:
+            self._clear_disk(max(size, int(CLEARED * self._machine.disk)))
         if self._disk_used + size <= self._machine.disk:
             self._disk.add(block)
             self._disk_used += size
@@ -218,12 +240,23 @@ class Tiers:
         if self._writes:
             self._after(self._known[self._writes[0]].size / self._machine.write, self._wrote)
 
+    def _clear_disk(self, wanted: int) -> None:
+        """Makes so much room there, as far as that can be."""
+        leaving, freed = list[int](), self._machine.disk - self._disk_used
+        for victim in filterfalse(self._reading.__contains__, self._disk_policy.victims()):
+            if freed >= wanted:
+                break
+            leaving.append(victim)
+            freed += self._known[victim].size
+        for victim in leaving:
+            self._leave_disk(victim)
+
     def _read_next(self) -> None:
         while not self._reader_busy and (queue := self._reads[0] or self._reads[1]):
             block = queue.popleft()
             if block in self._reading:  # or it was queued twice and is here
                 self._reader_busy = True
-                self._after(self._known[block].size / self._machine.read, lambda block=block: self._have_read(block))
+                self._after(self._known[block].size / self._machine.read, partial(self._have_read, block))
 
     def _have_read(self, block: int) -> None:
         size = self._known[block].size
