@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from kvstore.block import Header
 from kvstore.mover import Priority
+from kvstore.rates import PART_BYTES
 from kvstore.residency import Resident
-
-PART_BYTES = 2 << 20  # a block is read in runs of layers of about this size, at most
 
 
 class Fetch:

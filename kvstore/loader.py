@@ -11,7 +11,7 @@ from functools import partial
 from kvstore.block import bad_pieces, decode_header
 from kvstore.errors import Corrupt, TierError
 from kvstore.families import NONE
-from kvstore.fetch import PART_BYTES, Fetch
+from kvstore.fetch import Fetch
 from kvstore.hot import Hold, Slot
 from kvstore.keys import TOKEN_BYTES
 from kvstore.lease import Lease
@@ -97,7 +97,7 @@ class Loader:
     def prospect(self, matches: Sequence[Match], device: bool) -> Prospect:
         """See ``Store.prospect``."""
         rates = self._mover.rates
-        disk, writing, part = rates.reads, rates.writing, min(PART_BYTES, rates.part_bytes)
+        disk, writing, part = rates.reads, rates.writing, rates.part_bytes
         with self._residency.lock:
             self._residency.check_open()
             return prospect(matches, device, self._residency, self._fetches, disk, writing, part)
@@ -127,7 +127,7 @@ class Loader:
         if slot is None:
             return None
         resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
-        view, part = residency.host.view(slot), min(PART_BYTES, self._mover.rates.part_bytes)
+        view, part = residency.host.view(slot), self._mover.rates.part_bytes
         fetch = Fetch(number, resident, view, address, layout.header_bytes, priority, turn, part)
         residency.hold([number])
         self._fetches[number] = fetch

@@ -72,8 +72,8 @@ class Mover:
             return False
         priority = self._heap[0][0]
         if priority == Priority.SAVE:
-            return self._running[priority] < max(1, min(self._size // 2, self.rates.at_once("write")))
-        return self._running[priority] < self.rates.at_once("read")
+            return self._running[priority] < max(1, min(self._size // 2, self.rates.writes_at_once))
+        return self._running[priority] < self.rates.reads_at_once
 
     def _run(self) -> None:
         job: Callable[[], None] | None = None

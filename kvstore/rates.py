@@ -11,12 +11,14 @@ from typing import Literal, NamedTuple
 
 from kvstore.policies.cost import Line, Speed
 
-# Seconds of work that the disk has at once, and transfers at least. Reads come in the order in which layers are needed,
-# which is lost when many share the disk; and they have to wait for writes that are under way.
-MOMENTS = {"read": 0.05, "write": 0.5}
-PART_SECONDS = 0.02
-FEWEST = {"read": 2, "write": 1}
 SLICE = 0.25  # seconds of a disk that is never idle that make one measurement, at least
+LEAST = 0.01  # seconds of work in one measurement; shorter ones are joined
+PART_BYTES = 2 << 20  # of a read, at most
+PART_SECONDS = 0.02  # that a read takes, about, where that is less: layers behind it wait so long
+# Seconds of work that the disk has at once. Reads come in the order in which layers are needed, which is lost when many
+# share the disk; and they have to wait for writes that are under way.
+READING, WRITING = 0.05, 0.5
+FEW_READS = 2  # at once, at least: a disk is not to wait for checksums
 
 Kind = Literal["read", "write"]
 
@@ -29,7 +31,7 @@ class _Transfer(NamedTuple):
 
 
 class Rates:
-    """Measures a disk that several threads use at once. Any thread.
+    """Measures a disk that several threads use at once, and says how it is used well. Any thread.
 
     A measurement is a stretch in which something was always on its way: all bytes that were moved meanwhile, read and
     written, over its length. It counts for what most of the bytes were.
@@ -41,9 +43,13 @@ class Rates:
         self._active: dict[object, _Transfer] = {}  # their ends are not known
         self._over: list[_Transfer] = []  # of which a part is in no measurement yet
         self._since = 0.0  # when the stretch began
+        self._moved: dict[Kind, float] = {"read": 0.0, "write": 0.0}  # in stretches that are no measurement yet
+        self._length = 0.0  # of these
         self._speeds: dict[Kind, Speed] = {"read": Speed(), "write": Speed()}
-        self.part_bytes = sys.maxsize  # of a read that is short enough to wait for; replaced in one step
-        self._at_once: dict[Kind, int] = {"read": sys.maxsize, "write": sys.maxsize}
+        # Replaced in one step each, for whoever reads them without the lock:
+        self.part_bytes = PART_BYTES  # of one read, about
+        self.reads_at_once = sys.maxsize  # that keep the disk busy, and no more
+        self.writes_at_once = sys.maxsize
 
     @contextmanager
     def moving(self, kind: Kind, size: int) -> Iterator[None]:
@@ -71,25 +77,31 @@ class Rates:
         length = known - self._since
         if length <= 0 or (self._active and length < SLICE):
             return
-        moved = {"read": 0.0, "write": 0.0}
         for kind, size, begin, end in self._over:
             within = min(end, known) - max(begin, self._since)
             if within > 0:
-                moved[kind] += size * within / (end - begin)
-        self._speeds["read" if moved["read"] >= moved["write"] else "write"].moved(int(sum(moved.values())), length)
-        for kind in self._at_once:
-            line = self._speeds[kind].line
-            size = max((transfer.size for transfer in self._over if transfer.kind == kind), default=0)
-            if line is not None and size * line.per_byte:
-                self._at_once[kind] = max(FEWEST[kind], int(MOMENTS[kind] / (size * line.per_byte)))
-            if kind == "read" and line is not None and line.per_byte:
-                self.part_bytes = int(PART_SECONDS / line.per_byte)
+                self._moved[kind] += size * within / (end - begin)
+        written = max((transfer.size for transfer in self._over if transfer.kind == "write"), default=0)
         self._over = [transfer for transfer in self._over if transfer.end > known]
-        self._since = known
+        self._since, self._length = known, self._length + length
+        if self._length < LEAST:
+            return
+        kind = "read" if self._moved["read"] >= self._moved["write"] else "write"
+        self._speeds[kind].moved(int(sum(self._moved.values())), self._length)
+        self._moved, self._length = {"read": 0.0, "write": 0.0}, 0.0
+        self._adapt(written)
 
-    def at_once(self, kind: Kind) -> int:
-        """How many transfers like the latest are to be under way together, so that the disk is busy, and no more."""
-        return self._at_once[kind]
+    def _adapt(self, written: int) -> None:
+        """``written``: bytes of the latest writes."""
+        reads, writes = self._reads(), self._speeds["write"].line
+        if reads is not None and reads.per_byte:
+            self.part_bytes = max(1, min(PART_BYTES, int(PART_SECONDS / reads.per_byte)))
+            self.reads_at_once = max(FEW_READS, int(READING / reads.per_byte / self.part_bytes))
+        if writes is not None and writes.per_byte and written:
+            self.writes_at_once = max(1, int(WRITING / writes.per_byte / written))
+
+    def _reads(self) -> Line | None:
+        return self._speeds["read"].line or self._speeds["write"].line
 
     @property
     def writing(self) -> int:
@@ -101,7 +113,7 @@ class Rates:
     def reads(self) -> Line | None:
         """How quickly it reads; as long as that is not known, how quickly it writes, and None when nothing is."""
         with self._lock:
-            return self._speeds["read"].line or self._speeds["write"].line
+            return self._reads()
 
     def gauges(self) -> dict[str, int]:
         """Bytes in a second, 0 when not known, and bytes that are being written."""

@@ -180,8 +180,7 @@ class Saver:
             residency.host_policy.arrange(chain, served=True)
             residency.disk_policy.arrange(chain, served=True)
             sequences = [(n, index.sequence[n], len(p) // TOKEN_BYTES) for n, p in zip(chain, pieces, strict=False)]
-            self._tell(new)
-            residency.admit(chain)
+            self._tell(new, chain)
             keep_free(residency, layout.full_slot_bytes)
         for draft in drafts.values():
             draft.discard()
@@ -189,10 +188,11 @@ class Saver:
         residency.counters.add("saved_bytes", fresh * layout.token_payload)
         return Saved(self._writer, sequences, new, visible, fresh)
 
-    def _tell(self, new: list[int]) -> None:
-        """New blocks are there. Locked."""
+    def _tell(self, new: list[int], chain: list[int]) -> None:
+        """New blocks are there, in a chain that was used. Locked."""
         for listener in self.listeners:
             listener.extend(new)
+        self._residency.admit(chain)
 
     def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
         """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""

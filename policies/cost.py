@@ -31,7 +31,7 @@ class Speed:
     """How quickly a tier moves bytes. The caller's lock guards it."""
 
     def __init__(self) -> None:
-        self._fit = Fit(2, FORGETS)
+        self._fit = Fit((0.02, 1.0), FORGETS)  # what cannot be told apart is the bytes'
         self._bytes = 0
 
     def moved(self, size: int, seconds: float) -> None:
@@ -55,7 +55,7 @@ class Prefill:
     """
 
     def __init__(self) -> None:
-        self._fit = Fit(4, REMEMBERS, alike=(2, 3))
+        self._fit = Fit((0.5, 1.0, 0.5, 0.5), REMEMBERS, alike=(2, 3))
         self._off = 0.0  # mean logarithm of seconds measured over seconds expected
 
     def took(self, rows: int, new: int, cached: int, seconds: float) -> None:

@@ -17,8 +17,6 @@ ROUNDS = 5
 FAR = 2.0  # times the usual error: what is further off counts less
 LEAST_ERROR = 0.03  # relative, of any measurement
 DOUBT = 0.3  # relative error that few measurements may hide: this, over their number
-BOUND = 0.03  # relative error of a measurement that would say that one quantity makes up the longest work
-FIXED = 1e-3  # how strongly the first cost is held down, against what was measured
 ALIKE = 0.01  # how strongly costs that are alike are held together, against what was measured
 
 
@@ -35,15 +33,17 @@ class _Solved(NamedTuple):
 
 
 class Fit:
-    """Seconds of work as the sum of its quantities, each times a cost. The first quantity is 1 for any work.
+    """Seconds of work as the sum of its quantities, each times a cost.
 
     Of every ``kind`` of work the latest measurements are kept, so that what is seen often does not displace what is
     seen rarely. Each counts ``memory`` times as much as the one after it. The caller's lock guards it.
     """
 
-    def __init__(self, width: int, memory: float, alike: tuple[int, int] | None = None) -> None:
-        """``width``: quantities. ``alike``: two whose costs are about the same, as long as only one was seen."""
-        self._width, self._memory, self._alike = width, memory, alike
+    def __init__(self, shares: Sequence[float], memory: float, alike: tuple[int, int] | None = None) -> None:
+        """``shares``: of each quantity, how much of the longest work may well be due to it, as far as one knows before.
+
+        ``alike``: two quantities whose costs are about the same, as long as only one was seen."""
+        self._shares, self._width, self._memory, self._alike = tuple(shares), len(shares), memory, alike
         self._kinds: dict[Hashable, deque[_Seen]] = {}
         self._count = 0
         self._solved: _Solved | None = None  # of all that was seen
@@ -89,11 +89,11 @@ class Fit:
         rows = [[x / size for x, size in zip(one.work, scale, strict=True)] for one in seen]
         age = [self._memory ** (self._count - one.number) for one in seen]
         expected, trust, error = [one.seconds for one in seen], [1.0] * len(seen), LEAST_ERROR
-        longest = max(expected, default=1.0)
+        longest, few = max(expected, default=1.0), DOUBT / max(len(seen), 1)
         costs, squares = [0.0] * self._width, _zeros(self._width)
         for _ in range(ROUNDS):
             weights = [a * t / e**2 for a, t, e in zip(age, trust, expected, strict=True)]
-            squares = self._squares(rows, weights, scale, longest)
+            squares = self._squares(rows, weights, scale, longest, error + few)
             right = [
                 sum(w * row[i] * one.seconds for w, row, one in zip(weights, rows, seen, strict=True))
                 for i in range(self._width)
@@ -105,10 +105,11 @@ class Fit:
             trust = [min(1.0, FAR * error / max(o, 1e-9)) for o in off]
         inverse = _inverse(squares)
         unscaled = [[inverse[i][j] / scale[i] / scale[j] for j in range(self._width)] for i in range(self._width)]
-        error += DOUBT / max(len(seen), 1)
-        return _Solved(tuple(c / size for c, size in zip(costs, scale, strict=True)), error, unscaled)
+        return _Solved(tuple(c / size for c, size in zip(costs, scale, strict=True)), error + few, unscaled)
 
-    def _squares(self, rows: Sequence[Vector], weights: Vector, scale: Vector, longest: float) -> Matrix:
+    def _squares(self, rows: Sequence[Vector], weights: Vector, scale: Vector, longest: float, error: float) -> Matrix:
+        """Of what was measured, and of what is known before: no more than its share of the longest work is due to any
+        quantity, give or take."""
         squares = _zeros(self._width)
         for i in range(self._width):
             for j in range(i, self._width):
@@ -119,10 +120,8 @@ class Fit:
             squares[i][i] += hold / scale[i] ** 2
             squares[j][j] += hold / scale[j] ** 2
             squares[i][j] = squares[j][i] = squares[i][j] - hold / scale[i] / scale[j]
-        # No quantity makes up more than all of the longest work. And what cannot be told apart is the work's, not the
-        # first quantity's, which is there whatever the work is.
         for i in range(self._width):
-            squares[i][i] = squares[i][i] * (1 if i else 1 + FIXED) + (BOUND / longest) ** 2
+            squares[i][i] += (error / longest / self._shares[i]) ** 2
         return squares
 
 

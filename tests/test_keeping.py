@@ -102,7 +102,7 @@ def test_a_load_hurries_what_a_pin_is_about_to_bring(on_disk: Store) -> None:
     only_on_disk(on_disk)
     gate = cast(Any, on_disk._residency.disk).gate("read", 4)
     on_disk.pin(found(on_disk, CHAIN), seconds=60)
-    gate.reached(4)
+    gate.reached()
     waiting = list(on_disk._loader.fetches.values())
     assert [fetch.turn(0)[1][0] for fetch in waiting] == [1] * 4  # behind all that loads wait for
     load = on_disk.load(found(on_disk, CHAIN[:32]))

@@ -102,7 +102,7 @@ def test_what_is_not_written_yet_follows_when_it_is(on_disk: Store) -> None:
     reader = found(on_disk, CHAIN[:16])
     demoted = on_disk.demote(found(on_disk, CHAIN[:40]))
     assert (demoted.bytes, demoted.later) == (0, 3)
-    gate.reached(3)  # the partial block, too
+    assert on_disk._writer.queued == 3  # the partial block, too
     gate.open()
     assert on_disk.flush(PATIENCE)
     assert flags(on_disk, [CHAIN]) == [True, False, False]  # somebody reads the first

@@ -157,10 +157,10 @@ def test_a_tail_that_is_superseded_while_it_is_written(pair: tuple[Store, GatedT
 
 def test_closing_while_a_write_takes_too_long_frees_those_who_wait(tmp_path: Path) -> None:
     with gated(tmp_path / "cache") as (store, tier):
-        gate = tier.gate("write", WORKERS)
+        gate = tier.gate("write", WORKERS // 2)
         saved = save(store, ids(1, 16 * 9))
         waiter = Task(saved.wait)
-        gate.reached(WORKERS)
+        gate.reached(WORKERS // 2)
         closer = Task(lambda: store.close(timeout=0.01))
         while not store._residency.closed:  # it has waited long enough for the writes
             closer.join(0.001)
@@ -168,8 +168,8 @@ def test_closing_while_a_write_takes_too_long_frees_those_who_wait(tmp_path: Pat
             store.match(NS, SMALL, TOKENS)
         gate.open()
         closer.result()
-        assert waiter.result().tokens <= 16 * WORKERS
-        assert saved.wait().tokens <= 16 * WORKERS
+        assert waiter.result().tokens <= 16 * (WORKERS // 2)
+        assert saved.wait().tokens <= 16 * (WORKERS // 2)
     with kvstore.open(tmp_path / "cache", host="8MiB", disk="64MiB") as store:
         assert load_all(store, ids(1, 16 * 9)) == waiter.result().tokens
 
@@ -248,10 +248,10 @@ def test_what_cannot_be_written_stays_in_memory_and_is_said_not_to_be_durable(
 
 def test_room_for_drafts_comes_back_when_writes_go_on(tmp_path: Path) -> None:
     with gated(tmp_path / "cache", host=1 * MIB) as (store, tier):
-        gate = tier.gate("write", WORKERS)
+        gate = tier.gate("write", WORKERS // 2)
         for number in range(40):
             save(store, ids(number, 64))
-        gate.reached(WORKERS)
+        gate.reached(WORKERS // 2)
         assert store.draft(SMALL) is None
         short = save(store, ids(99, 64))
         assert short.tokens == 0

@@ -100,7 +100,7 @@ class Served:
 
     came: float
     started: float = 0.0  # a worker took it
-    first: float = 0.0  # token
+    first: float = 0.0  # its first token came
     ended: float = 0.0
     prompt: int = 0
     hit: int = 0  # tokens that were not computed
@@ -146,6 +146,7 @@ class Run:
         self._changes = 0  # of the queue
         self._told = [0, 0]  # how many of them the policies of memory and of the disk have heard of
         self._workers = [_Worker() for _ in range(machine.workers)]
+        self._blocked = False  # no room for the next of them, until something is released
         self._windows, self._wanted = Windows(), Counter[int]()
         self._fetched: deque[list[int]] = deque()  # what is held for each of the first requests of the queue
         for number, turn in enumerate(turns):
@@ -154,7 +155,7 @@ class Run:
 
     @property
     def busy(self) -> float:
-        """Seconds in which workers prefilled or decoded, together."""
+        """Seconds in which workers prefilled or decoded, together; one that only waits for the disk is idle."""
         return sum(worker.busy for worker in self._workers)
 
     def finish(self) -> None:
@@ -198,6 +199,7 @@ class Run:
         tiers.hold(found)
         if self._fetched:
             tiers.release(self._fetched.popleft())
+        self._blocked = False
         sizes = dict(zip(turn.blocks, turn.tokens, strict=True))
         served.started, served.found = self.now, sum(sizes[block] for block in found)
         served.in_memory = served.found - sum(sizes[block] for block in worker.missing)
@@ -213,7 +215,7 @@ class Run:
             self._tell(2 * window, on_disk=False)
             everything = self._windows.eviction(self._machine.memory + self._machine.disk)
             self._tell(min(everything, len(self._queue)), on_disk=True)
-        if not self._strategy.prefetch:
+        if not self._strategy.prefetch or self._blocked:
             return
         self.tiers.protect(window)
         while len(self._fetched) < window:
@@ -221,6 +223,7 @@ class Run:
             self.tiers.hold(found)
             if not self.tiers.has_room(found):
                 self.tiers.release(found)
+                self._blocked = True
                 break
             self.tiers.fetch(found, waited_for=False)
             self._fetched.append(found)
@@ -256,6 +259,7 @@ class Run:
         worker.prefilling = False
         self.served[number].first = self.now
         self.tiers.release(worker.found)
+        self._blocked = False
         more = self._turns[number].output - 1
         if more > 0:
             heappush(worker.decoding, (worker.clock + more * self._machine.step, number))

@@ -1,0 +1,355 @@
+"""Load or recompute: what is learned from measurements, and that the split made from it is the best there is."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.policies.cost import ENOUGH, HOPE, Costs, Line, Prefill, Speed
+from kvstore.policies.fit import FEW, Fit
+from kvstore.policies.split import CLEAR_SECONDS, CLEAR_SHARE, Decision, Portion, Prospect, split
+
+MB = 10**6
+TOKEN_BYTES = 24_000
+STEPS = [(layer / 12, (layer + 1) / 12) for layer in range(12)]
+
+
+# -- what is learned ------------------------------------------------------------------------------------------------------
+
+
+def prefill(base: float, token: float, alone: float, behind: float, rows: int, new: int, cached: int) -> float:
+    """Seconds of a pass, as the model has it."""
+    pairs = behind * new * (cached + new) if cached else alone * new * new / 2
+    return base + rows * (token * new + pairs)
+
+
+def passes(draw: random.Random, count: int) -> list[tuple[int, int]]:
+    """New and cached tokens."""
+    return [(draw.choice([1, 20, 100, 300, 700, 1500, 2500]), draw.choice([0, 0, 200, 1000])) for _ in range(count)]
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.2])
+def test_known_constants_come_out_of_noise(seed: int, outliers: float) -> None:
+    draw, learned, true = random.Random(seed), Prefill(), (0.05, 3e-3, 4e-7, 9e-7)
+    for new, cached in passes(draw, 80):
+        noise = draw.lognormvariate(0, 0.04) * (draw.uniform(2, 6) if draw.random() < outliers else 1.0)
+        learned.took(1, new, cached, prefill(*true, 1, new, cached) * noise)
+    assert learned.costs[0] == pytest.approx(true[0], rel=0.15)
+    assert learned.costs[1] == pytest.approx(true[1], rel=0.15)
+    for new, cached in [(2000, 0), (500, 1500), (64, 0), (64, 4000)]:
+        plain = learned.seconds(1, new, cached) / learned.correction
+        assert plain == pytest.approx(prefill(*true, 1, new, cached), rel=0.15)
+        assert learned.error(1, new, cached) < 0.2 * plain
+
+
+def test_what_is_unlike_all_that_was_seen_is_doubted(seed: int) -> None:
+    draw, learned = random.Random(seed), Prefill()
+    for _ in range(20):
+        new = draw.randrange(20, 100)
+        learned.took(1, new, 0, prefill(0.02, 3e-3, 4e-7, 9e-7, 1, new, 0) * draw.lognormvariate(0, 0.04))
+    near, far = (learned.error(1, new, 0) / learned.seconds(1, new, 0) for new in (80, 8000))
+    assert near < 0.1 < 3 * near < far
+
+
+def test_behind_a_cache_is_taken_to_be_like_without_until_it_was_seen() -> None:
+    learned = Prefill()
+    for new in (10, 100, 500, 1000, 2000):
+        learned.took(1, new, 0, prefill(0.01, 1e-3, 1e-6, 0, 1, new, 0))
+    assert learned.costs[3] == pytest.approx(learned.costs[2]) == pytest.approx(1e-6, rel=0.1)
+    for cached in (100, 500, 1000, 2000):
+        learned.took(1, 300, cached, prefill(0.01, 1e-3, 1e-6, 3e-6, 1, 300, cached))
+    assert learned.costs[3] == pytest.approx(3e-6, rel=0.1)
+    assert learned.costs[2] == pytest.approx(1e-6, rel=0.2)
+
+
+def test_rows_count_as_tokens() -> None:
+    learned = Prefill()
+    for rows in (1, 2, 4):
+        for new in (10, 100, 500):
+            learned.took(rows, new, 0, prefill(0.01, 1e-3, 1e-6, 0, rows, new, 0))
+    assert learned.seconds(3, 200, 0) == pytest.approx(prefill(0.01, 1e-3, 1e-6, 0, 3, 200, 0), rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**4), st.integers(0, 10**4), st.floats(1e-6, 1e3)), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_no_cost_is_ever_negative(seen: list[tuple[int, int, float]]) -> None:
+    learned = Prefill()
+    for new, cached, seconds in seen:
+        learned.took(1, new, cached, seconds)
+    assert learned.known == (len(seen) >= FEW)
+    assert min(learned.costs) >= 0
+    assert learned.seconds(1, 100, 100) >= 0
+    assert 0 <= learned.error(1, 100, 100) < math.inf
+
+
+def test_a_measurement_that_cannot_be_is_none() -> None:
+    fit = Fit((1.0, 1.0), 0.9)
+    for seconds in (0.0, -1.0, math.inf, math.nan):
+        fit.saw((1.0, 1.0), seconds)
+    assert not fit.known
+
+
+def test_a_tier_that_changes_is_known_anew_after_few_measurements(seed: int) -> None:
+    draw, speed = random.Random(seed), Speed()
+
+    def moves(rate: float, times: int) -> None:
+        for _ in range(times):
+            size = draw.choice([MB, 5 * MB, 20 * MB])
+            speed.moved(size, (0.001 + size / rate) * draw.lognormvariate(0, 0.1))
+
+    def rate() -> float:
+        assert speed.line is not None
+        return 1 / speed.line.per_byte
+
+    moves(100 * MB, 12)
+    assert rate() == pytest.approx(100 * MB, rel=0.2)
+    moves(5 * MB, 1)
+    assert rate() == pytest.approx(100 * MB, rel=0.35)  # once may be an accident
+    moves(5 * MB, 7)
+    assert rate() == pytest.approx(5 * MB, rel=0.3)
+    moves(100 * MB, 12)
+    assert rate() == pytest.approx(100 * MB, rel=0.3)
+
+
+def test_a_transfers_own_time_is_told_from_that_of_its_bytes() -> None:
+    speed = Speed()
+    for size in (MB, 2 * MB, 4 * MB, 8 * MB, MB, 2 * MB, 4 * MB, 8 * MB):
+        speed.moved(size, 0.05 + size / (100 * MB))
+    assert speed.line is not None
+    assert speed.line.latency == pytest.approx(0.05, rel=0.2)
+    assert speed.line.seconds(100 * MB) == pytest.approx(1.05, rel=0.1)
+
+
+def test_too_little_tells_nothing() -> None:
+    speed = Speed()
+    for _ in range(FEW - 1):
+        speed.moved(ENOUGH, 1.0)
+    assert speed.line is None
+    speed.moved(1, 1.0)
+    assert speed.line is not None
+    small = Speed()
+    for _ in range(100):
+        small.moved(ENOUGH // 101, 1.0)
+    assert small.line is None
+
+
+def test_corrections_follow_what_is_off() -> None:
+    costs = known_costs()
+    assert costs.load_correction == 1
+    for _ in range(20):
+        costs.read(1.0, 1.5)
+    assert costs.load_correction == pytest.approx(1.5, rel=0.01)
+    costs.read(1.0, 1000.0)  # one that is far off counts like one that is off
+    assert costs.load_correction < 2
+    for _ in range(30):
+        costs.read(1.0, 0.8)
+    assert costs.load_correction == pytest.approx(0.8, rel=0.01)
+    costs.read(1e-4, 3e-3)  # moments tell nothing
+    assert costs.load_correction == pytest.approx(0.8, rel=0.01)
+
+
+def test_a_machine_that_becomes_slower_is_followed_at_once_and_learned_in_the_end() -> None:
+    learned = known_costs().prefill
+    before = learned.seconds(1, 1000, 0)
+    for _ in range(4):
+        learned.took(1, 1000, 0, 2 * before)
+    assert 1.5 * before < learned.seconds(1, 1000, 0) < 2.2 * before
+    for _ in range(100):
+        for new in (50, 500, 1000, 2000):
+            learned.took(1, new, 0, 2 * prefill(*TRUE, 1, new, 0))
+    assert learned.seconds(1, 1000, 0) == pytest.approx(2 * before, rel=0.1)
+    assert learned.correction == pytest.approx(1, abs=0.1)
+
+
+# -- the split ------------------------------------------------------------------------------------------------------------
+
+TRUE = (0.02, 2e-3, 3e-7, 3e-7)
+
+
+def known_costs(true: Sequence[float] = TRUE) -> Costs:
+    """Costs that were learned without noise."""
+    costs = Costs()
+    for _ in range(4):
+        for new in (1, 50, 500, 1000, 2000, 4000):
+            for cached in (0, 100, 1000, 4000):
+                costs.prefill.took(1, new, cached, prefill(*true, 1, new, cached))
+    return costs
+
+
+def on_disk(*blocks: int, rate: float, queued: int = 0, steps: Sequence[tuple[float, float]] = STEPS) -> Prospect:
+    """One prompt of which these blocks are on a disk of so many bytes a second."""
+    row = [Portion(tokens, "disk", tokens * TOKEN_BYTES) for tokens in blocks]
+    return Prospect([row], Line(0.0, 1 / rate), queued, steps, TOKEN_BYTES, 12)
+
+
+def brute(total: int, prospect: Prospect, costs: Costs) -> dict[int, float]:
+    """Seconds to the first token for every number of blocks that could be loaded, by tokens; written apart."""
+    found = {}
+    (row,) = prospect.rows
+    assert prospect.disk is not None
+    for count, cut in enumerate(accumulate((portion.tokens for portion in row), initial=0)):
+        size = sum(portion.bytes for portion in row[:count])
+        load = (prospect.disk.latency + (prospect.queued + size) * prospect.disk.per_byte) if size else 0.0
+        compute = costs.prefill.seconds(1, total - cut, cut)
+        now = 0.0
+        for layer in range(12):  # a layer is computed when it has come, and those before it are computed
+            come = next(last for first, last in prospect.steps if first * 12 <= layer + 1e-9 < last * 12) if size else 0
+            now = max(now, load * come) + compute / 12
+        found[cut] = now
+    return found
+
+
+PARTS = st.sampled_from([STEPS, [(0.0, 1.0)], [(0.0, 1 / 12), (1 / 12, 5 / 12), (5 / 12, 9 / 12), (9 / 12, 1.0)]])
+
+
+@given(
+    blocks=st.lists(st.integers(16, 256), min_size=1, max_size=24),
+    new=st.integers(1, 2000),
+    rate=st.floats(1 * MB, 5000 * MB),
+    queued=st.integers(0, 100 * MB),
+    steps=PARTS,
+)
+@settings(max_examples=150, deadline=None)
+def test_the_best_split_is_found(
+    blocks: list[int], new: int, rate: float, queued: int, steps: list[tuple[float, float]]
+) -> None:
+    costs = COSTS
+    costs.decided(from_disk=True)  # nothing is hoped for
+    total, prospect = sum(blocks) + new, on_disk(*blocks, rate=rate, queued=queued, steps=steps)
+    decision, every = split([total], prospect, costs, math.inf), brute(total, prospect, costs)
+    everything, best = every[sum(blocks)], min(every.values())
+    assert decision.first_token_seconds == pytest.approx(every[decision.loaded])
+    assert decision.all_loaded_seconds == pytest.approx(everything)
+    assert decision.all_computed_seconds == pytest.approx(every[0])
+    clear = max(CLEAR_SECONDS, CLEAR_SHARE * everything)
+    if decision.loaded == decision.matched:
+        doubt = costs.prefill.error(1, total, 0)
+        assert everything <= best + clear + doubt + 1e-9
+    elif decision.loaded == 0:
+        assert every[0] <= best + max(CLEAR_SECONDS, CLEAR_SHARE * every[0]) + 1e-9
+    else:
+        assert every[decision.loaded] == pytest.approx(best)
+    assert decision.loaded == decision.matched or everything - every[decision.loaded] > clear * 0.99
+
+
+@given(blocks=st.lists(st.integers(16, 256), min_size=1, max_size=16), new=st.integers(1, 1000), steps=PARTS)
+@settings(max_examples=40, deadline=None)
+def test_from_a_slower_disk_no_more_is_loaded(blocks: list[int], new: int, steps: list[tuple[float, float]]) -> None:
+    costs, before = COSTS, math.inf
+    for rate in (3000, 300, 100, 50, 30, 20, 14, 10, 7, 5, 3, 2, 1, 0.3):
+        costs.decided(from_disk=True)
+        loaded = split([sum(blocks) + new], on_disk(*blocks, rate=rate * MB, steps=steps), costs, math.inf).loaded
+        assert loaded <= before
+        before = loaded
+    costs.decided(from_disk=True)
+
+
+def test_a_split_hides_the_load_under_what_is_computed() -> None:
+    """Both take as long: half of each, side by side, takes about half as long."""
+    costs, blocks = known_costs((0.0, 2e-3, 0.0, 0.0)), [64] * 32
+    decision = split([2049], on_disk(*blocks, rate=TOKEN_BYTES / 2e-3), costs, math.inf)
+    assert 0.45 * 2048 <= decision.loaded <= 0.55 * 2048
+    assert decision.first_token_seconds is not None and decision.all_computed_seconds is not None
+    assert decision.first_token_seconds < 0.6 * decision.all_computed_seconds
+    assert f"{decision.loaded} of 2048 tokens are loaded" in str(decision)
+
+
+def test_little_to_win_is_no_reason_to_compute() -> None:
+    tiny = known_costs((1e-4, 1e-5, 0.0, 0.0))
+    row = [Portion(256, "disk", 20_000)] * 4
+    slow = Prospect([row], Line(0.0, 1 / (4 * MB)), 0, [(0.0, 1.0)], 80, 2)
+    decision = split([1025], slow, tiny, math.inf)
+    assert decision.loaded == 1024 and decision.all_computed_seconds is not None
+    assert decision.all_loaded_seconds is not None
+    assert decision.all_computed_seconds < decision.all_loaded_seconds < decision.all_computed_seconds + CLEAR_SECONDS
+
+
+def test_what_is_not_known_is_loaded() -> None:
+    prospect = on_disk(256, 256, rate=1000)
+    fresh = split([1000], prospect, Costs(), math.inf)
+    assert (fresh.matched, fresh.loaded, fresh.cuts, fresh.first_token_seconds) == (512, 512, (512,), None)
+    assert "how quickly the model reads" in str(fresh)
+    blind = Prospect(prospect.rows, None, 0, STEPS, TOKEN_BYTES, 12)
+    decision = split([1000], blind, known_costs(), math.inf)
+    assert (decision.loaded, decision.first_token_seconds, decision.load_seconds) == (512, None, None)
+    assert decision.all_computed_seconds and decision.opening == pytest.approx(1 / 12)
+    assert "how quick the disk is" in str(decision)
+    assert split([1000], prospect, known_costs(), math.inf).loaded == 0  # known, it is not
+
+
+def test_what_is_in_memory_needs_no_disk_to_be_known() -> None:
+    row = [Portion(256, "host", 0), Portion(256, "device", 0)]
+    decision = split([1000], Prospect([row], None, 0, STEPS, TOKEN_BYTES, 12), known_costs(), math.inf)
+    assert decision.loaded == 512 and decision.opening is None
+    assert decision.first_token_seconds is not None and decision.all_computed_seconds is not None
+    assert decision.first_token_seconds < decision.all_computed_seconds
+
+
+def test_slow_memory_counts_too() -> None:
+    costs = known_costs()
+    for _ in range(8):
+        costs.host.moved(10 * MB, 10.0)
+    row = [Portion(256, "host", 0)] * 4
+    decision = split([1100], Prospect([row], None, 0, STEPS, TOKEN_BYTES, 12), costs, math.inf)
+    assert decision.loaded == 0
+    assert decision.figures is not None
+    assert decision.figures["host_bytes_per_second"] == pytest.approx(MB, rel=0.1)
+
+
+def test_the_queue_of_the_disk_is_waited_for() -> None:
+    costs, blocks = known_costs(), [256] * 8
+    idle = split([2100], on_disk(*blocks, rate=100 * MB), costs, math.inf)
+    busy = split([2100], on_disk(*blocks, rate=100 * MB, queued=2000 * MB), costs, math.inf)
+    assert (idle.loaded, busy.loaded) == (2048, 0)
+    assert busy.figures is not None and busy.figures["queued_bytes"] == 2000 * MB
+    assert busy.all_loaded_seconds is not None and busy.all_loaded_seconds > 20
+
+
+def test_no_load_is_begun_that_would_be_given_up() -> None:
+    costs, prospect = known_costs(), on_disk(*[256] * 8, rate=20 * MB)
+    assert split([2100], prospect, costs, math.inf).loaded == 2048
+    decision = split([2100], prospect, costs, 1.0)
+    assert 0 < decision.loaded < 2048 and decision.load_seconds is not None and decision.load_seconds <= 1.0
+
+
+def test_rows_are_cut_so_that_none_loads_what_another_computes_anyway() -> None:
+    """A batch computes as many columns as its longest rest; nothing of a short row need be loaded then."""
+    rows = [[Portion(256, "disk", 256 * TOKEN_BYTES)] * 4, [Portion(256, "disk", 256 * TOKEN_BYTES)], []]
+    prospect = Prospect(rows, Line(0.0, 1 / (10 * MB)), 0, STEPS, TOKEN_BYTES, 12)
+    decision = split([1100, 300, 900], prospect, known_costs(), math.inf)
+    assert decision.cuts == (256, 0, 0)  # then all rows have at most 900 tokens left, as the third has
+    assert decision.loaded == 256 and decision.matched == 1280
+
+
+def test_a_disk_that_has_recovered_is_tried_again() -> None:
+    costs, slow = known_costs(), on_disk(*[256] * 4, rate=4 * MB, steps=[(0.0, 1.0)])
+    tried = 0
+    while not (decision := split([1100], slow, costs, math.inf)).loaded:
+        tried += 1
+        assert tried < 200
+    assert tried > 10 and costs.hope == 1  # it takes a while, and begins anew
+    assert decision.loaded == 256  # with little
+    assert HOPE**tried < 10
+
+
+def test_decisions_say_what_they_knew() -> None:
+    costs = known_costs()
+    costs.read(1.0, 2.0)
+    decision = split([600], on_disk(256, 256, rate=10 * MB, queued=5), costs, math.inf)
+    assert decision.figures == {
+        "queued_bytes": 5.0,
+        "load_correction": costs.load_correction,
+        "prefill_correction": costs.prefill.correction,
+        "disk_bytes_per_second": pytest.approx(10 * MB),
+    }
+    assert decision.load_seconds == pytest.approx((decision.disk_seconds or 0) * costs.load_correction)
+    assert isinstance(decision, Decision) and str(decision) == decision.reason
+
+
+COSTS = known_costs()
