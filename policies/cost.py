@@ -31,7 +31,7 @@ class Speed:
     """How quickly a tier moves bytes. The caller's lock guards it."""
 
     def __init__(self) -> None:
-        self._fit = Fit((0.02, 1.0), FORGETS)  # what cannot be told apart is the bytes'
+        self._fit = Fit((0.1, 1.0), FORGETS)  # what cannot be told apart is the bytes'
         self._bytes = 0
 
     def moved(self, size: int, seconds: float) -> None:

@@ -100,7 +100,7 @@ class Fit:
             ]
             costs = _least(squares, right)
             expected = [max(_product(costs, row), one.seconds * 1e-3) for row, one in zip(rows, seen, strict=True)]
-            off = [abs(math.log(one.seconds / e)) for one, e in zip(seen, expected, strict=True)]
+            off = [max(one.seconds / e, e / one.seconds) - 1 for one, e in zip(seen, expected, strict=True)]
             error = max(LEAST_ERROR, 1.5 * _middle(off, age))
             trust = [min(1.0, FAR * error / max(o, 1e-9)) for o in off]
         inverse = _inverse(squares)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from kvstore.policies.cost import ENOUGH, HOPE, Costs, Line, Prefill, Speed
 from kvstore.policies.fit import FEW, Fit
-from kvstore.policies.split import CLEAR_SECONDS, CLEAR_SHARE, Decision, Portion, Prospect, split
+from kvstore.policies.split import CLEAR_SECONDS, CLEAR_SHARE, Portion, Prospect, split
 
 MB = 10**6
 TOKEN_BYTES = 24_000
 STEPS = [(layer / 12, (layer + 1) / 12) for layer in range(12)]
 
 
-# -- what is learned ------------------------------------------------------------------------------------------------------
+# -- what is learned --------------------------------------------------------------------------------------------------
 
 
 def prefill(base: float, token: float, alone: float, behind: float, rows: int, new: int, cached: int) -> float:
@@ -34,17 +34,17 @@ def passes(draw: random.Random, count: int) -> list[tuple[int, int]]:
     return [(draw.choice([1, 20, 100, 300, 700, 1500, 2500]), draw.choice([0, 0, 200, 1000])) for _ in range(count)]
 
 
-@pytest.mark.parametrize("outliers", [0.0, 0.2])
+@pytest.mark.parametrize("outliers", [0.0, 0.1])
 def test_known_constants_come_out_of_noise(seed: int, outliers: float) -> None:
     draw, learned, true = random.Random(seed), Prefill(), (0.05, 3e-3, 4e-7, 9e-7)
     for new, cached in passes(draw, 80):
         noise = draw.lognormvariate(0, 0.04) * (draw.uniform(2, 6) if draw.random() < outliers else 1.0)
         learned.took(1, new, cached, prefill(*true, 1, new, cached) * noise)
-    assert learned.costs[0] == pytest.approx(true[0], rel=0.15)
-    assert learned.costs[1] == pytest.approx(true[1], rel=0.15)
+    assert learned.costs[0] == pytest.approx(true[0], rel=0.6 if outliers else 0.15)
+    assert learned.costs[1] == pytest.approx(true[1], rel=0.2)
     for new, cached in [(2000, 0), (500, 1500), (64, 0), (64, 4000)]:
         plain = learned.seconds(1, new, cached) / learned.correction
-        assert plain == pytest.approx(prefill(*true, 1, new, cached), rel=0.15)
+        assert plain == pytest.approx(prefill(*true, 1, new, cached), rel=0.25 if outliers else 0.15)
         assert learned.error(1, new, cached) < 0.2 * plain
 
 
@@ -54,7 +54,7 @@ def test_what_is_unlike_all_that_was_seen_is_doubted(seed: int) -> None:
         new = draw.randrange(20, 100)
         learned.took(1, new, 0, prefill(0.02, 3e-3, 4e-7, 9e-7, 1, new, 0) * draw.lognormvariate(0, 0.04))
     near, far = (learned.error(1, new, 0) / learned.seconds(1, new, 0) for new in (80, 8000))
-    assert near < 0.1 < 3 * near < far
+    assert near < 0.05 and far > 4 * near
 
 
 def test_behind_a_cache_is_taken_to_be_like_without_until_it_was_seen() -> None:
@@ -119,7 +119,7 @@ def test_a_tier_that_changes_is_known_anew_after_few_measurements(seed: int) -> 
 
 def test_a_transfers_own_time_is_told_from_that_of_its_bytes() -> None:
     speed = Speed()
-    for size in (MB, 2 * MB, 4 * MB, 8 * MB, MB, 2 * MB, 4 * MB, 8 * MB):
+    for size in (MB, 4 * MB, 16 * MB, 64 * MB, MB, 4 * MB, 16 * MB, 64 * MB):
         speed.moved(size, 0.05 + size / (100 * MB))
     assert speed.line is not None
     assert speed.line.latency == pytest.approx(0.05, rel=0.2)
@@ -127,16 +127,15 @@ def test_a_transfers_own_time_is_told_from_that_of_its_bytes() -> None:
 
 
 def test_too_little_tells_nothing() -> None:
-    speed = Speed()
-    for _ in range(FEW - 1):
-        speed.moved(ENOUGH, 1.0)
-    assert speed.line is None
-    speed.moved(1, 1.0)
-    assert speed.line is not None
-    small = Speed()
-    for _ in range(100):
-        small.moved(ENOUGH // 101, 1.0)
-    assert small.line is None
+    def line(times: int, size: int) -> Line | None:
+        speed = Speed()
+        for _ in range(times):
+            speed.moved(size, 1.0)
+        return speed.line
+
+    assert line(FEW - 1, ENOUGH) is None
+    assert line(100, ENOUGH // 101) is None
+    assert line(FEW, ENOUGH // 2) is not None
 
 
 def test_corrections_follow_what_is_off() -> None:
@@ -167,12 +166,12 @@ def test_a_machine_that_becomes_slower_is_followed_at_once_and_learned_in_the_en
     assert learned.correction == pytest.approx(1, abs=0.1)
 
 
-# -- the split ------------------------------------------------------------------------------------------------------------
+# -- the split --------------------------------------------------------------------------------------------------------
 
 TRUE = (0.02, 2e-3, 3e-7, 3e-7)
 
 
-def known_costs(true: Sequence[float] = TRUE) -> Costs:
+def known_costs(true: tuple[float, float, float, float] = TRUE) -> Costs:
     """Costs that were learned without noise."""
     costs = Costs()
     for _ in range(4):
@@ -312,10 +311,10 @@ def test_the_queue_of_the_disk_is_waited_for() -> None:
 
 
 def test_no_load_is_begun_that_would_be_given_up() -> None:
-    costs, prospect = known_costs(), on_disk(*[256] * 8, rate=20 * MB)
+    costs, prospect = known_costs(), on_disk(*[256] * 8, rate=100 * MB)
     assert split([2100], prospect, costs, math.inf).loaded == 2048
-    decision = split([2100], prospect, costs, 1.0)
-    assert 0 < decision.loaded < 2048 and decision.load_seconds is not None and decision.load_seconds <= 1.0
+    decision = split([2100], prospect, costs, 0.3)
+    assert 0 < decision.loaded < 2048 and decision.load_seconds is not None and decision.load_seconds <= 0.3
 
 
 def test_rows_are_cut_so_that_none_loads_what_another_computes_anyway() -> None:
@@ -328,7 +327,7 @@ def test_rows_are_cut_so_that_none_loads_what_another_computes_anyway() -> None:
 
 
 def test_a_disk_that_has_recovered_is_tried_again() -> None:
-    costs, slow = known_costs(), on_disk(*[256] * 4, rate=4 * MB, steps=[(0.0, 1.0)])
+    costs, slow = known_costs(), on_disk(*[256] * 4, rate=1.5 * MB)
     tried = 0
     while not (decision := split([1100], slow, costs, math.inf)).loaded:
         tried += 1
@@ -349,7 +348,7 @@ def test_decisions_say_what_they_knew() -> None:
         "disk_bytes_per_second": pytest.approx(10 * MB),
     }
     assert decision.load_seconds == pytest.approx((decision.disk_seconds or 0) * costs.load_correction)
-    assert isinstance(decision, Decision) and str(decision) == decision.reason
+    assert str(decision) == decision.reason
 
 
 COSTS = known_costs()

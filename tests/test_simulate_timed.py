@@ -140,7 +140,8 @@ def test_looking_ahead_finds_no_less_and_more_of_it_in_memory(seed: int) -> None
 def test_what_comes_after_the_last_session_has_begun_counts_apart(seed: int) -> None:
     turns = [one(0.0, 0), one(10.0, 0, before=0)]
     row = serve(turns, MACHINE, "lru")
-    assert (row["hit"], row["to_the_end"]) == (0.0, {"hit": 99 / 200, "in_memory": 1.0})
+    assert (row["hit"], row["in_service_s"]) == (0.0, 1.0)
+    assert row["to_the_end"] == {"hit": 99 / 200, "in_memory": 1.0, "in_service_s": 0.5495}
     assert serve(turns, MACHINE, "lru", warm_up=0.5)["hit"] == 0.99
     again = [serve(crowd(seed), replace(MACHINE, memory=1500), AWARE) for _ in range(2)]
     assert again[0] == again[1]

@@ -104,7 +104,7 @@ def serve(
         "workers": machine.workers,
         "memory_gb": machine.memory / GB,
         "disk_gb": machine.disk / GB,
-        **_times(counted),
+        "ttft": _times(counted),
         **_shares(counted),
         "to_the_end": _shares(warm),
         "span_s": round(run.now, 1),
@@ -117,20 +117,21 @@ def serve(
 
 
 def _shares(served: Sequence[Served]) -> dict[str, float]:
-    """Tokens found of those of prompts, and of what was found that in memory when its request started."""
+    """Tokens found of those of prompts; of what was found, that in memory when its request started; and seconds from
+    then to the first token."""
     found = max(sum(one.found for one in served), 1)
     return {
         "hit": round(sum(one.hit for one in served) / sum(one.prompt for one in served), 5),
         "in_memory": round(sum(one.in_memory for one in served) / found, 5),
+        "in_service_s": round(sum(one.first - one.started for one in served) / len(served), 4),
     }
 
 
-def _times(served: Sequence[Served]) -> dict[str, Any]:
-    """Seconds to the first token, from when a request came, and from when a worker took it."""
+def _times(served: Sequence[Served]) -> dict[str, float]:
+    """Seconds to the first token, from when a request came."""
     waited = sorted(one.first - one.came for one in served)
     ttft = {f"p{part}": round(waited[min(len(waited) * part // 100, len(waited) - 1)], 4) for part in (50, 90, 99)}
-    in_service = sum(one.first - one.started for one in served) / len(served)
-    return {"ttft": {"mean": round(sum(waited) / len(waited), 4), **ttft}, "in_service_s": round(in_service, 4)}
+    return {"mean": round(sum(waited) / len(waited), 4), **ttft}
 
 
 def most(turns: Sequence[Turn]) -> float:
@@ -204,7 +205,7 @@ def main(
 def show(told: dict[str, Any]) -> None:
     """What requests saw, and what that took: a line for each run in both."""
     heads = ("strategy", "disk", "workers")
-    times = Table(*heads, "TTFT mean", "p50", "p90", "p99", "in service", "found", "in memory", "paper")
+    times = Table(*heads, "TTFT mean", "p50", "p90", "p99", "in service", "found", "in memory", "paper", "to the end")
     times.caption = f"{told['requests']:,} requests; at most {told['most']:.1%} of their prompts can be found"
     costs = Table(*heads, "GPU hours", "span", "written", "read", "GPU", "storage", "total", "storage's share")
     for table in (times, costs):
@@ -214,8 +215,11 @@ def show(told: dict[str, Any]) -> None:
         waits = [f"{row['ttft'][part]:.2f} s" for part in ("mean", "p50", "p90", "p99")]
         said = PAPER.get(row["strategy"]) if (row["memory_gb"], row["disk_gb"]) == PAPER_TIERS else None
         paper = f"{said[0]:.0%} / {said[1]:.1%}" if said and told["chats"] else ""
-        shares = [f"{row[share]:.1%}" for share in ("hit", "in_memory")]
-        times.add_row(*_named(row), *waits, f"{row['in_service_s'] * 1e3:.0f} ms", *shares, paper)
+        counted, whole = (
+            [f"{one['in_service_s'] * 1e3:.0f} ms", f"{one['hit']:.1%}", f"{one['in_memory']:.1%}"]
+            for one in (row, row["to_the_end"])
+        )
+        times.add_row(*_named(row), *waits, *counted, paper, " / ".join(whole))
         hours = [f"{row['gpu_s'] / 3600:.2f}", f"{row['span_s'] / 3600:.2f} h"]
         moved = [f"{row[way] / 1e3:.2f} TB" for way in ("written_gb", "read_gb")]
         gpu, storage = row["cost"]["gpu"], row["cost"]["memory"] + row["cost"]["disk"]
