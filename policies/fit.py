@@ -13,6 +13,7 @@ Matrix = list[list[float]]
 
 FEW = 3  # measurements without which nothing is known
 KEPT = 8  # of each kind, the latest
+MANY, FRESH = 16, 0.9  # behind so many, a fit is good until what it is made of has faded so far
 ROUNDS = 5
 FAR = 2.0  # times the usual error: what is further off counts less
 LEAST_ERROR = 0.03  # relative, of any measurement
@@ -27,6 +28,7 @@ class _Seen(NamedTuple):
 
 
 class _Solved(NamedTuple):
+    upto: int  # number of the latest measurement in it
     costs: tuple[float, ...]
     error: float  # relative, of one measurement
     inverse: Matrix  # of the weighted squares of the work
@@ -46,7 +48,7 @@ class Fit:
         self._shares, self._width, self._memory, self._alike = tuple(shares), len(shares), memory, alike
         self._kinds: dict[Hashable, deque[_Seen]] = {}
         self._count = 0
-        self._solved: _Solved | None = None  # of all that was seen
+        self._solved: _Solved | None = None
 
     def saw(self, work: Vector, seconds: float, kind: Hashable = None) -> None:
         """Work of these quantities took so long."""
@@ -55,7 +57,6 @@ class Fit:
         self._count += 1
         seen = _Seen(self._count, tuple(work), seconds)
         self._kinds.setdefault(kind, deque(maxlen=KEPT)).append(seen)
-        self._solved = None
 
     @property
     def known(self) -> bool:
@@ -80,9 +81,11 @@ class Fit:
     # -- the fit: weighted least squares, the weights made anew from what is left over ---------------------------------
 
     def _fitted(self) -> _Solved:
-        if self._solved is None:
-            self._solved = self._solve([seen for kind in self._kinds.values() for seen in kind])
-        return self._solved
+        """A fit takes a millisecond, so it is not made anew for a few measurements among many."""
+        found, count = self._solved, self._count
+        if found is None or found.upto < min(count, MANY) or self._memory ** (count - found.upto) < FRESH:
+            found = self._solved = self._solve([seen for kind in self._kinds.values() for seen in kind])
+        return found
 
     def _solve(self, seen: Sequence[_Seen]) -> _Solved:
         scale = [max((abs(one.work[i]) for one in seen), default=0.0) or 1.0 for i in range(self._width)]
@@ -103,9 +106,9 @@ class Fit:
             off = [max(one.seconds / e, e / one.seconds) - 1 for one, e in zip(seen, expected, strict=True)]
             error = max(LEAST_ERROR, 1.5 * _middle(off, age))
             trust = [min(1.0, FAR * error / max(o, 1e-9)) for o in off]
-        inverse = _inverse(squares)
-        unscaled = [[inverse[i][j] / scale[i] / scale[j] for j in range(self._width)] for i in range(self._width)]
-        return _Solved(tuple(c / size for c, size in zip(costs, scale, strict=True)), error + few, unscaled)
+        scaled = _inverse(squares)
+        inverse = [[scaled[i][j] / scale[i] / scale[j] for j in range(self._width)] for i in range(self._width)]
+        return _Solved(self._count, tuple(c / s for c, s in zip(costs, scale, strict=True)), error + few, inverse)
 
     def _squares(self, rows: Sequence[Vector], weights: Vector, scale: Vector, longest: float, error: float) -> Matrix:
         """Of what was measured, and of what is known before: no more than its share of the longest work is due to any

@@ -45,8 +45,8 @@ def know_model(reuse: Any, base: float = 1e-3, token: float = 1e-4) -> None:
 
 def know_disk(store: Store, rate: float, kind: Any = "read") -> None:
     """As if the disk had moved so many bytes a second."""
-    for _ in range(8):
-        store._mover.rates._speeds[kind].moved(ENOUGH, ENOUGH / rate)
+    for size in (ENOUGH, ENOUGH // 100, ENOUGH // 10_000) * 8:
+        store._mover.rates._speeds[kind].moved(size, size / rate)
 
 
 def stored(store: Store, model: Any, reuse: Any, seed: int, tokens: int = STORED) -> torch.Tensor:
@@ -124,8 +124,7 @@ def test_some_is_loaded_and_the_rest_computed_beside_it(store: Store, family: st
     ids = stored(store, model, reuse, seed)
     store._mover.rates.part_bytes = 1  # so that layers come one by one
     know_model(reuse, base=1e-3, token=0.05)
-    slot = store._residency.host.used // 1_000_000 or reuse.layout.slot_bytes(BLOCK)
-    know_disk(store, slot / BLOCK / 0.05)  # a block takes as long to read as to compute
+    know_disk(store, reuse.layout.slot_bytes(BLOCK) / BLOCK / 0.05)  # a block takes as long to read as to compute
     whole, more, hit, logits = asked(model, reuse, ids, seed)
     kept = hit.cached_tokens
     assert 0 < kept < STORED and kept % BLOCK == 0
@@ -262,9 +261,9 @@ def test_a_load_is_not_waited_for_longer_than_computing_takes(store: Store, seed
     only_on_disk(store)
     model, reuse = joined(store, patience=0.5)
     know_model(reuse, base=1e-3, token=1.0)  # minutes to compute, so that a load of a second would be worth it
-    know_disk(store, 100_000)
+    know_disk(store, 100_000)  # 16 KiB for a block
     _, _, hit, _ = asked(model, reuse, ids, seed)
-    assert hit.decision.load_seconds <= choice.TAKEN * 0.5  # but it would be given up
+    assert hit.decision.load_seconds <= choice.TAKEN * 0.5 < 0.8  # but it would be given up
     assert 0 < hit.cached_tokens < STORED
 
 
@@ -279,9 +278,11 @@ def test_passes_and_loads_are_measured(store: Store, seed: int) -> None:
     costs = reuse._pace._costs
     assert costs.prefill.known and costs.prefill._fit._count == 3
     ids = stored(store, model, reuse, seed)
-    know_disk(store, 10**6)
+    know_model(reuse, token=0.1)
+    seen = costs.prefill._fit._count
+    know_disk(store, 10**5)
     _, _, hit, _ = asked(model, reuse, ids, seed)
-    assert costs.prefill._fit._count == 5
-    assert hit.cached_tokens == STORED and hit.decision.disk_seconds > 0.03
+    assert costs.prefill._fit._count == seen + 1
+    assert hit.cached_tokens == STORED and hit.decision.disk_seconds > 0.5
     assert costs.load_correction < 1  # it was quicker than was said
     assert costs.host._bytes == STORED * reuse.layout.token_payload

@@ -13,12 +13,14 @@ from kvstore.bench.never_slower.pairs import Pair
 
 PERCENTILES = (50, 90, 99)
 RESAMPLES = 2000
+MISSED = 0.25  # relative error of an expectation that was none
 LIMIT = 1.05  # times the time without a store, that the p99 with one should be at most
 
 
 def summarize(pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
     """Figures of one disk. ``ratio_p50``, ``_p90``, ``_p99`` have ``low`` and ``high``: 95 % of ``RESAMPLES`` draws of
-    pairs, with replacement, lie between. ``error``: of expected first tokens, the median relative one."""
+    pairs, with replacement, lie between. ``error``: of expected first tokens, the median relative one; ``missed_pairs``
+    are those with a large one, ``slower_pairs`` those in which the store was slower than ``LIMIT``."""
     both = np.array([(pair.with_store, pair.without) for pair in pairs])
     draws = np.random.default_rng(seed).integers(0, len(both), (RESAMPLES, len(both)))
     found: dict[str, Any] = {"pairs": len(pairs)}
@@ -35,7 +37,10 @@ def summarize(pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
         "prompt_tokens": sum(pair.prompt_tokens for pair in pairs),
         "matched_tokens": matched,
         "loaded_tokens": cached,
+        "recomputed_tokens": matched - cached,
         "cut_pairs": sum(pair.cached < pair.matched for pair in pairs),
+        "slower_pairs": sum(pair.with_store > LIMIT * pair.without for pair in pairs),
+        "missed_pairs": sum(error > MISSED for error in errors),
         "late_layers": sum(pair.recomputed_layers for pair in pairs),
         "error": float(np.median(errors)) if errors else None,
         "same_tokens": sum(pair.same_token for pair in pairs),
@@ -44,14 +49,21 @@ def summarize(pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """One row for each disk."""
-    shown = Table("disk", "pairs", "p50 s", "without", "p99 s", "without", "p99 ratio", "95 %", "loaded of matched")
+    shown = Table(
+        "disk", "pairs", "p50 s", "without", "p99 s", "without", "p99 ratio", "95 %", "slower", "loaded", "error"
+    )
     shown.title = f"First tokens with a store behind a slow disk, and without one (p99 at most {LIMIT} times)"
+    shown.caption = "slower: pairs; loaded: share of what matched; error: median of expected first tokens"
     for disk, row in results.items():
         ratio = row["ratio_p99"]
         loaded = row["loaded_tokens"] / max(1, row["matched_tokens"])
         seconds = [f"{row[f'{which}_p{p}']:.2f}" for p in (50, 99) for which in ("with", "without")]
         between = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-        shown.add_row(disk, str(row["pairs"]), *seconds, f"{ratio['value']:.2f}", between, f"{loaded:.0%}")
+        error = "" if row["error"] is None else f"{row['error']:.0%}"
+        count = str(row["slower_pairs"])
+        shown.add_row(
+            disk, str(row["pairs"]), *seconds, f"{ratio['value']:.2f}", between, count, f"{loaded:.0%}", error
+        )
     return shown
 
 
