@@ -13,6 +13,7 @@ from interpreted import TESTS, needs_triton, passes
 
 
 @needs_triton
+@pytest.mark.soak
 def test_the_kernel_does_as_plain_torch_does(request: pytest.FixtureRequest) -> None:
     passes("gpu_fused.py", request)
 
