@@ -34,6 +34,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak
 def test_every_part_runs_and_is_correct(result: dict[str, Any]) -> None:
     assert result["failed"] == []
     answers = {
@@ -46,12 +47,14 @@ def test_every_part_runs_and_is_correct(result: dict[str, Any]) -> None:
     assert {"bit_equal", "host_load_bit_equal", "fails_without_waits", "fused_decode_near_reference"} <= answers.keys()
 
 
+@pytest.mark.soak
 def test_the_file_says_where_it_was_measured(result: dict[str, Any]) -> None:
     environment = result["environment"]
     assert environment["small"] and environment["date"] and environment["device"]
     assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.soak
 def test_figures_have_no_goals_on_a_small_machine(result: dict[str, Any]) -> None:
     goals = [figure["goal"] for part in result["parts"].values() for figure in part.values()]
     assert goals and set(goals) == {None}

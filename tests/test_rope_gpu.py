@@ -19,6 +19,7 @@ from kvstore.tensors.runs import Target
 
 
 @needs_triton
+@pytest.mark.soak
 def test_the_kernel_does_as_plain_torch_does(request: pytest.FixtureRequest) -> None:
     passes("gpu_kernel.py", request)
 
