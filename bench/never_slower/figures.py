@@ -49,20 +49,20 @@ def summarize(pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """One row for each disk."""
-    shown = Table(
-        "disk", "pairs", "p50 s", "without", "p99 s", "without", "p99 ratio", "95 %", "slower", "loaded", "error"
-    )
-    shown.title = f"First tokens with a store behind a slow disk, and without one (p99 at most {LIMIT} times)"
-    shown.caption = "slower: pairs; loaded: share of what matched; error: median of expected first tokens"
+    shown = Table("disk", "pairs", "p50, s", "p99, s", "p99 ratio", "95 %", "slower", "loaded", "error")
+    shown.title = f"First tokens with a store and without one; p99 ratio at most {LIMIT}"
+    shown.caption = "slower: pairs; loaded: of what matched; error: of expected first tokens"
     for disk, row in results.items():
         ratio = row["ratio_p99"]
-        loaded = row["loaded_tokens"] / max(1, row["matched_tokens"])
-        seconds = [f"{row[f'{which}_p{p}']:.2f}" for p in (50, 99) for which in ("with", "without")]
-        between = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-        error = "" if row["error"] is None else f"{row['error']:.0%}"
-        count = str(row["slower_pairs"])
         shown.add_row(
-            disk, str(row["pairs"]), *seconds, f"{ratio['value']:.2f}", between, count, f"{loaded:.0%}", error
+            disk,
+            str(row["pairs"]),
+            *(f"{row[f'with_p{p}']:.2f} / {row[f'without_p{p}']:.2f}" for p in (50, 99)),
+            f"{ratio['value']:.2f}",
+            f"{ratio['low']:.2f}-{ratio['high']:.2f}",
+            str(row["slower_pairs"]),
+            f"{row['loaded_tokens'] / max(1, row['matched_tokens']):.0%}",
+            "" if row["error"] is None else f"{row['error']:.0%}",
         )
     return shown
 
