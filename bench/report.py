@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
@@ -14,7 +14,7 @@ from kvstore.adapters.transformers.timeline import FETCH, LOAD
 from kvstore.bench import plots
 from kvstore.bench.replay import Row
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+FOLDER, TEMPLATE = Path(__file__).parent, "report.html.j2"
 PLOTS = (
     (plots.ttft_by_length, "Time to first token by prompt length", "dots are turns, lines are running medians"),
     (plots.tokens_over_turns, "Tokens computed and reused", "what the model had to read, and what the tiers gave back"),
@@ -42,10 +42,10 @@ def size(value: int) -> str:
 
 def html(result: dict[str, Any], rows: Sequence[Row]) -> str:
     """The whole page, with nothing in it that has to be fetched."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     environment.filters.update(seconds=seconds, size=size)
     ttft = result["ttft_seconds"]
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return environment.get_template(TEMPLATE).render(
         result=result,
         plots=drawings(result, rows),
         share=share(result),

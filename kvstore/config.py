@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from kvstore.errors import BadInput, StoreBusy
 from kvstore.hot import Hot
-from kvstore.policies.history import History
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.policies.pace import Pace
-from kvstore.store import Store
 from kvstore.tiers.host import HostTier
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 class _Shared:
     """A store that this process has open on a directory, and how many times; with no users it is about to close."""
 
-    store: Store
+    store: LocalStore
     users: int
 
 
@@ -79,7 +78,7 @@ def open(
     device_name: str = "cuda",
     on_busy: Literal["error", "memory"] = "error",
     files: Files | None = None,
-) -> Store:
+) -> LocalStore:
     """Opens a store. Without ``path`` it lives in memory only, and nothing is ever written anywhere.
 
     ``host`` and ``disk`` are byte budgets (``"8GiB"`` or an int) that are never exceeded. A directory that this process
@@ -181,11 +180,13 @@ def _hot(device: int | None, name: str) -> Hot | None:
     return Hot(DeviceTier(device, name), LRU())
 
 
-def _in_memory(host: int, device: int | None, name: str) -> Store:
-    return Store(_host(host, device, name), None, Pace(time.monotonic), LRU(), hot=_hot(device, name))
+def _in_memory(host: int, device: int | None, name: str) -> LocalStore:
+    return LocalStore(_host(host, device, name), None, Pace(time.monotonic), LRU(), hot=_hot(device, name))
 
 
-def _open_directory(place: Path, host: int, disk: int, files: Files | None, device: int | None, name: str) -> Store:
+def _open_directory(
+    place: Path, host: int, disk: int, files: Files | None, device: int | None, name: str
+) -> LocalStore:
     # Imported here, so that a store in memory needs no LMDB.
     from kvstore.files import OsFiles
     from kvstore.tiers.disk import DiskTier
@@ -193,9 +194,8 @@ def _open_directory(place: Path, host: int, disk: int, files: Files | None, devi
     memory = _host(host, device, name)
     tier = DiskTier(files or OsFiles(), str(place), disk)
     try:
-        hot, history = _hot(device, name), History()
-        policies = Pace(time.monotonic, history), Pace(time.monotonic, history, leads=False)
-        return Store(memory, tier, *policies, lambda: _let_go(place), lambda: _gone(place), hot)
+        hot = _hot(device, name)
+        return LocalStore(memory, tier, *Pace.pair(time.monotonic), lambda: _let_go(place), lambda: _gone(place), hot)
     except BaseException:
         tier.close()
         raise

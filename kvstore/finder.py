@@ -9,6 +9,7 @@ from kvstore.layout import Layout
 from kvstore.lease import Lease
 from kvstore.match import Match
 from kvstore.residency import Residency
+from kvstore.room import tier_of
 
 
 class Finder:
@@ -36,13 +37,9 @@ class Finder:
             residency.hold(numbers)
             residency.host_policy.touch(numbers)
             residency.disk_policy.touch(numbers)
-            residents, hot = residency.residents, residency.hot
-            tiers = [
-                "device" if hot is not None and number in hot else "host" if number in residents else "disk"
-                for number in numbers
-            ]
+            tiers = [tier_of(residency, number) for number in numbers]
             if residency.disk is not None:
-                residency.disk.touch([index.sequence[n] for n in numbers if n not in residents], now)
+                residency.disk.touch([index.sequence[n] for n in numbers if n not in residency.residents], now)
             miss = self._known.explain(namespace, found.tokens, limit, index.chains(root))
         residency.counters.add("matched_tokens", found.tokens)
         residency.counters.add("asked_tokens", limit)

@@ -16,7 +16,7 @@ from kvstore.mover import Priority
 from kvstore.policies.cost import Line
 from kvstore.policies.windows import Windows
 from kvstore.residency import Residency, Resident
-from kvstore.room import held_blocks, held_bytes
+from kvstore.room import held_blocks, held_bytes, tier_of
 from kvstore.waiting import Waiting
 
 MICROSECONDS = 1_000_000
@@ -108,7 +108,7 @@ class Outlook:
                 there = number in residents
                 if number in given or number in fetches or (there and number in leases):
                     continue
-                wanted = comes and not there and at >= len(job.chain) - len(job.blocks) and not self._on_device(number)
+                wanted = comes and at >= len(job.chain) - len(job.blocks) and not self._near(number)
                 if not there and not wanted:
                     continue
                 if size > self._room:
@@ -163,13 +163,9 @@ class Outlook:
             turns[job] = int((now + wait) * MICROSECONDS) + place
         return turns
 
-    def _on_device(self, number: int) -> bool:
-        hot = self._residency.hot
-        return hot is not None and number in hot
-
     def _near(self, number: int) -> bool:
         """Whether a block is in host memory or on the device."""
-        return number in self._residency.residents or self._on_device(number)
+        return tier_of(self._residency, number) != "disk"
 
     def answers(self) -> list[Answer]:
         """What ``Store.schedule`` returns."""
@@ -185,9 +181,9 @@ class Outlook:
 
     def _tokens(self, job: Waiting) -> tuple[int, dict[str, int]]:
         """All tokens that are stored, and by tier."""
-        residents, tiers = self._residency.residents, {"device": 0, "host": 0, "disk": 0}
+        tiers = {"device": 0, "host": 0, "disk": 0}
         for number, tokens in job.blocks:
-            tiers["device" if self._on_device(number) else "host" if number in residents else "disk"] += tokens
+            tiers[tier_of(self._residency, number)] += tokens
         return sum(tiers.values()), tiers
 
 

@@ -16,6 +16,13 @@ KEEP_FREE = 1 / 32  # of memory, after each save
 FEW_MORE = 64  # blocks that are looked at besides, in vain
 
 
+def tier_of(residency: Residency, number: int) -> str:
+    """The fastest tier that has a stored block: "device", "host" or "disk". Locked."""
+    if residency.hot is not None and number in residency.hot:
+        return "device"
+    return "host" if number in residency.residents else "disk"
+
+
 def held_blocks(residency: Residency) -> Set[int]:
     """Blocks that leases or pins hold where they are in memory. Locked."""
     return residency.index.leases.keys() | residency.keeping.kept("host")
@@ -77,7 +84,7 @@ def keep_free(residency: Residency, slot_bytes: int) -> None:
 def _least(residency: Residency, slot_bytes: int, count: int) -> list[int]:
     """Up to ``count`` blocks that may go from memory, worth least first. The policy is left alone again afterwards."""
     found: list[int] = []
-    candidates = filterfalse(residency.keeping.kept("host").__contains__, residency.host_policy.victims())
+    candidates = filterfalse(partial(residency.keeping.stays, "host"), residency.host_policy.victims())
     for number in islice(candidates, count + FEW_MORE):
         address = _host_address(residency, number)
         if address != NONE and residency.host.same_class(address, slot_bytes):

@@ -83,10 +83,6 @@ class Leaves:
         """Whether no known block stands right behind this known block."""
         return not self._children[block]
 
-    def parent_of(self, block: int) -> int:
-        """The parent that a known block was added with, known or not; NONE when it has none."""
-        return self._parent[block]
-
     def __contains__(self, block: int) -> bool:
         return -1 < block < self._room and self._parent[block] != _AWAY
 

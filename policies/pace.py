@@ -43,6 +43,12 @@ class Pace:
         self._learned = False
         self._unserved: OrderedDict[int, tuple[float, Sequence[int]]] = OrderedDict()  # used chains, by last block
 
+    @classmethod
+    def pair(cls, clock: Clock) -> tuple[Pace, Pace]:
+        """Those of memory, which sees every request, and of the disk behind it."""
+        history = History()
+        return cls(clock, history), cls(clock, history, leads=False)
+
     def insert(self, block: int, arrival: Arrival) -> None:
         """See ``EvictionPolicy``. O(log n)."""
         if not self._leaves.add(block, arrival.parent):

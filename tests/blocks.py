@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
-from kvstore import Fingerprint, LayerShape, Layout, Namespace, Store
+from kvstore import Fingerprint, LayerShape, Layout, Namespace
 from kvstore.load import Load
+from kvstore.local import LocalStore
 from kvstore.match import Match
 from kvstore.save import Draft, Saved
 
@@ -71,7 +72,9 @@ def fill(draft: Draft, tokens: Sequence[bytes]) -> None:
                 view[head * size : (head + 1) * size] = data + JUNK * (size - len(data))
 
 
-def drafts(store: Store, space: Namespace, layout: Layout, tokens: Sequence[int], writer: int = 0) -> dict[int, Draft]:
+def drafts(
+    store: LocalStore, space: Namespace, layout: Layout, tokens: Sequence[int], writer: int = 0
+) -> dict[int, Draft]:
     """Filled drafts for the blocks that a match does not find whole; fewer when memory is short."""
     match = store.match(space, layout, [*tokens, 0])
     stored = match.tokens // layout.block_tokens
@@ -88,7 +91,7 @@ def drafts(store: Store, space: Namespace, layout: Layout, tokens: Sequence[int]
 
 
 def save(
-    store: Store,
+    store: LocalStore,
     tokens: Sequence[int],
     space: Namespace = NS,
     layout: Layout = SMALL,
@@ -123,7 +126,7 @@ def wrong(load: Load, tokens: Sequence[int], space: Namespace = NS, writers: Ite
     return found
 
 
-def load_all(store: Store, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> int:
+def load_all(store: LocalStore, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> int:
     """Matches and loads as much of ``tokens`` as there is, checks every byte, returns the tokens that came well."""
     match = store.match(space, layout, tokens)
     load = store.load(match)
@@ -135,12 +138,12 @@ def load_all(store: Store, tokens: Sequence[int], space: Namespace = NS, layout:
         load.release()
 
 
-def found(store: Store, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> Match:
+def found(store: LocalStore, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> Match:
     """A match that wants every token: one more stands behind them."""
     return store.match(space, layout, [*tokens, 0])
 
 
-def recount(store: Store) -> list[str]:
+def recount(store: LocalStore) -> list[str]:
     """Where the store's accounts differ from what is there; call when nothing runs and nothing is held."""
     gc.collect()
     said = store.stats()
@@ -177,7 +180,7 @@ def recount(store: Store) -> list[str]:
     return faults
 
 
-def _tree_faults(store: Store) -> list[str]:
+def _tree_faults(store: LocalStore) -> list[str]:
     """Families, degrees and keys of the index, counted anew."""
     index = store._residency.index
     numbers = list(index.number.values())

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Chain, Composition, Part, Placement, Text
-from kvstore.store import Store
+from kvstore.local import LocalStore
 
 TOLERANCE = 2e-4  # of float32 logits: the rounding noise of computing a prompt in other pieces
 
@@ -74,7 +74,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=1e-3)
 
 
-def joined(model: Any, store: Store) -> tuple[Reuse, list[int | None]]:
+def joined(model: Any, store: LocalStore) -> tuple[Reuse, list[int | None]]:
     """The model with all modules encoded, and the windows of its layers."""
     reuse = Reuse(model, store, block_tokens=16)
     encoded = reuse.encode(segments=MODULES)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import kvstore
-from kvstore import Store, compiled
+from kvstore import compiled
+from kvstore.local import LocalStore
 
 # Before anything imports the libraries that read these; processes that tests start inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing
@@ -59,7 +60,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     """A store in memory; what a test took from it must have come back when the test is over."""
     from hf_runs import leases_left  # brings torch
 

@@ -14,9 +14,10 @@ from blocks import NS, WIDE, found, marks, recount, rows
 from gates import PATIENCE
 
 import kvstore
-from kvstore import Layout, Namespace, Store
+from kvstore import Layout, Namespace
 from kvstore.hot import Hot
 from kvstore.load import Load
+from kvstore.local import LocalStore
 from kvstore.tensors.streams import CudaStream, Stream, ThreadStream, current
 from kvstore.tiers.base import DeviceSlots
 from kvstore.tiers.device import DeviceTier
@@ -124,19 +125,19 @@ def bring(load: Load, stream: Stream) -> bool:
     return whole
 
 
-def asked(store: Store, tokens: Sequence[int], layout: Layout = WIDE) -> Load:
+def asked(store: LocalStore, tokens: Sequence[int], layout: Layout = WIDE) -> Load:
     """A load for the device."""
     return store.load(found(store, tokens, layout=layout), device=True)
 
 
-def heat(store: Store, tokens: Sequence[int], layout: Layout = WIDE) -> None:
+def heat(store: LocalStore, tokens: Sequence[int], layout: Layout = WIDE) -> None:
     """Has a chain on the device, as far as there is room."""
     made = asked(store, tokens, layout)
     assert bring(made, HERE)
     made.release()
 
 
-def device(store: Store) -> Hot:
+def device(store: LocalStore) -> Hot:
     """What is on the device, once the store has taken in what loads have handed back."""
     assert store._residency.hot is not None
     store.stats()
@@ -169,7 +170,7 @@ def wrong_on_device(load: Load, tokens: Sequence[int], space: Namespace = NS, wr
     return faults
 
 
-def recount_device(store: Store) -> list[str]:
+def recount_device(store: LocalStore) -> list[str]:
     """Where the device's accounts differ from what is there; call when nothing is held."""
     said, residency = store.stats(), store._residency
     hot, faults = residency.hot, []
@@ -189,7 +190,7 @@ def recount_device(store: Store) -> list[str]:
     return faults
 
 
-def a_store_with_a_device(folder: Path) -> Iterator[Store]:
+def a_store_with_a_device(folder: Path) -> Iterator[LocalStore]:
     """With a disk and a device of five WIDE blocks; its accounts must be right at the end."""
     with kvstore.open(folder, host="8MiB", disk="64MiB", device="1MiB", device_name="cpu") as opened:
         yield opened

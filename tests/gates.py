@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from kvstore import Store
 from kvstore.errors import TierError
 from kvstore.files import Files, OsFiles
 from kvstore.hot import Hot
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskTier
@@ -98,14 +98,14 @@ def gated(
 ) -> Iterator[Any]:
     """(store, its tier behind gates); closed at the end."""
     tier = GatedTier(DiskTier(files or OsFiles(), str(path), disk))
-    store = Store(HostTier(host), cast(Tier, tier), LRU(), LRU(), hot=hot)
+    store = LocalStore(HostTier(host), cast(Tier, tier), LRU(), LRU(), hot=hot)
     try:
         yield store, tier
     finally:
         store.close()
 
 
-def only_on_disk(store: Store) -> None:
+def only_on_disk(store: LocalStore) -> None:
     """Writes everything, then evicts every host copy that nobody holds."""
     assert store.flush(PATIENCE)
     residency = store._residency
@@ -116,7 +116,7 @@ def only_on_disk(store: Store) -> None:
                 residency.drop_host(number)
 
 
-def fetches_are_over(store: Store) -> None:
+def fetches_are_over(store: LocalStore) -> None:
     """Waits until every fetch has settled: its block is in memory, or gone."""
     residency = store._residency
     with residency.lock:

@@ -8,10 +8,10 @@ from blocks import ODD, SMALL, ids, load_all, save
 from faulty_files import FaultyFiles
 
 import kvstore
-from kvstore import Store
+from kvstore.local import LocalStore
 
 
-def script(store: Store, said: dict[int, int]) -> None:
+def script(store: LocalStore, said: dict[int, int]) -> None:
     """A bit of everything; ``said`` is told what is durable."""
     for number in range(6):
         layout = (SMALL, ODD)[number % 2]

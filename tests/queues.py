@@ -10,7 +10,8 @@ from typing import Any
 from blocks import NS, SMALL, found, ids, recount, save
 from gates import MIB, PATIENCE, GatedTier, fetches_are_over, gated, only_on_disk
 
-from kvstore import Answer, Job, Layout, Store
+from kvstore import Answer, Job, Layout
+from kvstore.local import LocalStore
 
 SLOTS, SHARE = 85, 64  # blocks of SMALL that a MiB of memory holds, and that leases and prefetch may hold of it
 CHAINS = [ids(seed, 64) for seed in range(1, 30)]  # of four blocks each
@@ -31,12 +32,12 @@ def states(answers: Sequence[Answer]) -> list[str]:
     return [answer.state for answer in answers]
 
 
-def counter(store: Store, name: str) -> int:
+def counter(store: LocalStore, name: str) -> int:
     """One of the store's counters."""
     return int(store.stats()["counters"].get(name, 0))
 
 
-def flags(store: Store, chains: Sequence[Sequence[int]]) -> list[bool]:
+def flags(store: LocalStore, chains: Sequence[Sequence[int]]) -> list[bool]:
     """Of each block of these chains, whether it is in host memory."""
     matches = [found(store, tokens) for tokens in chains]
     with store._residency.lock:
@@ -45,7 +46,7 @@ def flags(store: Store, chains: Sequence[Sequence[int]]) -> list[bool]:
 
 
 @contextmanager
-def scheduled(path: Path, chains: Sequence[Sequence[int]], host: int = MIB) -> Iterator[tuple[Store, GatedTier]]:
+def scheduled(path: Path, chains: Sequence[Sequence[int]], host: int = MIB) -> Iterator[tuple[LocalStore, GatedTier]]:
     """A store whose chains are only on disk; its accounts must be right at the end."""
     with gated(path, host=host) as (store, tier):
         for tokens in chains:
@@ -58,7 +59,7 @@ def scheduled(path: Path, chains: Sequence[Sequence[int]], host: int = MIB) -> I
             assert counter(store, "failed_jobs") == 0
 
 
-def nobody_waits(store: Store) -> None:
+def nobody_waits(store: LocalStore) -> None:
     """The queue is empty, and has been for a while; nothing is under way."""
     store.schedule([])
     fetches_are_over(store)

@@ -11,10 +11,10 @@ from blocks import NS, SMALL, found, ids, load_all, recount, save
 from gates import MIB, PATIENCE
 from queues import SLOTS, counter, flags, jobs, nobody_waits
 
-from kvstore import Store
 from kvstore.admission import Admission
 from kvstore.files import OsFiles
 from kvstore.keys import block_key, token_bytes
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.policy import Arrival
 from kvstore.tiers.disk import DiskTier
@@ -53,9 +53,9 @@ class Picky(LRU):
 
 
 @contextmanager
-def opened(path: Path, policy: Picky, host: int = MIB) -> Iterator[Store]:
+def opened(path: Path, policy: Picky, host: int = MIB) -> Iterator[LocalStore]:
     """A store with a small disk; its accounts must be right at the end."""
-    store = Store(HostTier(host), DiskTier(OsFiles(), str(path / "cache"), 6 * MIB), policy, LRU())
+    store = LocalStore(HostTier(host), DiskTier(OsFiles(), str(path / "cache"), 6 * MIB), policy, LRU())
     try:
         yield store
         if not store._closed:
@@ -67,7 +67,7 @@ def opened(path: Path, policy: Picky, host: int = MIB) -> Iterator[Store]:
 
 
 @contextmanager
-def full(path: Path) -> Iterator[tuple[Store, Picky]]:
+def full(path: Path) -> Iterator[tuple[LocalStore, Picky]]:
     """One whose disk is full, and whose policy admits nothing from now on."""
     policy = Picky()
     with opened(path, policy) as store:
@@ -80,20 +80,20 @@ def full(path: Path) -> Iterator[tuple[Store, Picky]]:
         yield store, policy
 
 
-def written(store: Store) -> None:
+def written(store: LocalStore) -> None:
     """Waits until nothing is to be written."""
     with store._residency.lock:
         assert store._residency.changed.wait_for(lambda: not store._writer.queued, PATIENCE)
 
 
-def on_disk(store: Store, tokens: Sequence[int]) -> list[bool]:
+def on_disk(store: LocalStore, tokens: Sequence[int]) -> list[bool]:
     """Of each block that a chain's match finds, whether it is on disk."""
     match, index = found(store, tokens), store._residency.index
     with store._residency.lock:
         return [index.disk[number] != -1 for number, _ in match.blocks]
 
 
-def push_out(store: Store) -> None:
+def push_out(store: LocalStore) -> None:
     """Has everything leave memory that may."""
     for seed in range(1, SLOTS // 4 + 2):
         save(store, ids(9000 + seed, 64))

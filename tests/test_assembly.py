@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvstore
-from kvstore import Store
 from kvstore.assembly import Assembly, assemble
 from kvstore.composition import Chain, Composition, Part, Placement, Text
 from kvstore.errors import BadInput
 from kvstore.keys import token_bytes
+from kvstore.local import LocalStore
 from kvstore.walk import Walk, chains_of
 
 
-def keep(store: Store, chain: Chain) -> None:
+def keep(store: LocalStore, chain: Chain) -> None:
     """Saves a chain whole; its bytes do not matter here."""
     drafts = store.drafts(SMALL, -(-len(chain) // SMALL.block_tokens))
     root = chain.context.root(NS)
     store.save(NS, SMALL, chain.token_ids, dict(enumerate(drafts)), root=root)
 
 
-def found(store: Store, composition: Composition, apart: bool = True) -> Assembly:
+def found(store: LocalStore, composition: Composition, apart: bool = True) -> Assembly:
     assembly = assemble(store, NS, SMALL, composition, apart)
     assembly.release()
     return assembly

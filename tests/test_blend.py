@@ -14,20 +14,20 @@ import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Chain, Composition, Text
 from kvstore.errors import BadInput
+from kvstore.local import LocalStore
 from kvstore.policies.overflow import truncation
-from kvstore.store import Store
 from kvstore.tensors.carrier import Carrier
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
         assert leases_left(store) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "neox", "deepseek_v3"])
-def test_everything_recomputed_is_the_whole_forward_pass(family: str, store: Store) -> None:
+def test_everything_recomputed_is_the_whole_forward_pass(family: str, store: LocalStore) -> None:
     model = build(family)
     reuse, _ = joined(model, store)
     ids = [token for _, part in PARTS for token in part]
@@ -38,7 +38,7 @@ def test_everything_recomputed_is_the_whole_forward_pass(family: str, store: Sto
     close(read(model, hit), wanted)
 
 
-def test_a_blend_comes_closer_the_more_it_recomputes_and_chance_does_not(store: Store) -> None:
+def test_a_blend_comes_closer_the_more_it_recomputes_and_chance_does_not(store: LocalStore) -> None:
     """The chosen tokens are those that deviate: the same number of others leaves a larger error."""
     model = build("llama")
     reuse, _ = joined(model, store)
@@ -55,7 +55,7 @@ def test_a_blend_comes_closer_the_more_it_recomputes_and_chance_does_not(store: 
     assert errors[3] < 1e-3
 
 
-def test_a_blend_is_found_by_the_same_modules_and_share_only(store: Store) -> None:
+def test_a_blend_is_found_by_the_same_modules_and_share_only(store: LocalStore) -> None:
     model = build("qwen3")
     reuse, _ = joined(model, store)
     prompt, _ = composition([(1, FIRST), (2, SECOND), (0, QUESTION)])
@@ -104,7 +104,7 @@ def test_what_was_blended_once_goes_on_bit_for_bit(family: str, dtype: str, by_w
     streams.close()
 
 
-def test_a_blend_with_gaps_is_made_again_every_time(store: Store) -> None:
+def test_a_blend_with_gaps_is_made_again_every_time(store: LocalStore) -> None:
     """It is no chain, so only what follows it is stored."""
     model = build("llama")
     reuse, _ = joined(model, store)
@@ -137,6 +137,6 @@ def test_a_blend_with_gaps_is_made_again_every_time(store: Store) -> None:
         (lambda reuse: reuse.encode([HEAD]), "compositions"),
     ],
 )
-def test_what_cannot_be_meant_is_said(call: Any, says: str, store: Store) -> None:
+def test_what_cannot_be_meant_is_said(call: Any, says: str, store: LocalStore) -> None:
     with pytest.raises(BadInput, match=says):
         call(Reuse(build("llama"), store, block_tokens=16))

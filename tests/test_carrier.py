@@ -14,8 +14,8 @@ from blocks import WIDE, found, ids, save
 from gates import PATIENCE
 
 import kvstore
-from kvstore import Store
 from kvstore.load import Load, Place
+from kvstore.local import LocalStore
 from kvstore.tensors import carrier
 from kvstore.tensors.carrier import Carried, Carrier
 from kvstore.tensors.streams import Stream
@@ -59,7 +59,7 @@ def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield asked(store)
 
 
-def asked(store: Store) -> Load:
+def asked(store: LocalStore) -> Load:
     return store.load(found(store, TOKENS, layout=WIDE), device=True)
 
 

@@ -27,12 +27,12 @@ import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Chain, Composition, Placement, Text
 from kvstore.errors import Unsupported
-from kvstore.store import Store
+from kvstore.local import LocalStore
 from kvstore.walk import chains_of
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
         assert leases_left(store) == 0
@@ -40,7 +40,7 @@ def store() -> Iterator[Store]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_modules_equal_one_masked_forward_pass(family: str, attention: str, store: Store) -> None:
+def test_modules_equal_one_masked_forward_pass(family: str, attention: str, store: LocalStore) -> None:
     model = build(family, attention=attention)
     reuse, windows = joined(model, store)
     prompt, owners = composition(PARTS)
@@ -57,7 +57,7 @@ def test_modules_equal_one_masked_forward_pass(family: str, attention: str, stor
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mistral", "gemma3"}))
-def test_gaps_between_positions_are_kept(family: str, store: Store) -> None:
+def test_gaps_between_positions_are_kept(family: str, store: LocalStore) -> None:
     model = build(family)
     reuse, windows = joined(model, store)
     prompt, owners = composition(PARTS, gaps=[3, 11, 0, 60, 1, 25])
@@ -78,13 +78,13 @@ def test_gaps_between_positions_are_kept(family: str, store: Store) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
-def test_gaps_are_refused_where_windows_count_tokens(family: str, store: Store) -> None:
+def test_gaps_are_refused_where_windows_count_tokens(family: str, store: LocalStore) -> None:
     reuse, _ = joined(build(family), store)
     with pytest.raises(Unsupported, match="sliding windows"):
         reuse.load(composition(PARTS, gaps=[0, 0, 0, 1, 0, 0])[0])
 
 
-def test_exact_is_never_taken_for_modular_nor_the_other_way(store: Store) -> None:
+def test_exact_is_never_taken_for_modular_nor_the_other_way(store: LocalStore) -> None:
     model = build("llama")
     reuse, _ = joined(model, store)
     prompt, _ = composition([(1, FIRST), (2, SECOND), (0, QUESTION)])
@@ -105,7 +105,7 @@ def test_exact_is_never_taken_for_modular_nor_the_other_way(store: Store) -> Non
     close(read(model, after)[-1], wanted)
 
 
-def test_another_order_or_another_distance_is_another_composition(store: Store) -> None:
+def test_another_order_or_another_distance_is_another_composition(store: LocalStore) -> None:
     model = build("llama")
     reuse, _ = joined(model, store)
     prompt, _ = composition([(0, HEAD), (1, FIRST), (2, SECOND), (0, QUESTION)])
@@ -122,7 +122,7 @@ def test_another_order_or_another_distance_is_another_composition(store: Store) 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "fusedkv", "deepseek_v2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_was_encoded_together_comes_back_bit_for_bit(family: str, dtype: str, store: Store) -> None:
+def test_what_was_encoded_together_comes_back_bit_for_bit(family: str, dtype: str, store: LocalStore) -> None:
     """A scaffold: runs with their gaps, computed in one pass; loaded whole it is what that pass left in its cache."""
     model = build(family, dtype)
     reuse = Reuse(model, store, block_tokens=16)
@@ -150,7 +150,7 @@ def test_what_was_encoded_together_comes_back_bit_for_bit(family: str, dtype: st
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "neox", "deepseek_v3"])
-def test_turning_twenty_times_over_leaves_the_bytes_of_the_first_time(family: str, store: Store) -> None:
+def test_turning_twenty_times_over_leaves_the_bytes_of_the_first_time(family: str, store: LocalStore) -> None:
     """Keys are always turned from the stored original: the last time gives the bits of the first."""
     model = build(family, "bfloat16")
     reuse, _ = joined(model, store)

@@ -30,19 +30,19 @@ import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Chain, Composition, Placement, Text
 from kvstore.errors import BadInput, Unsupported
-from kvstore.store import Store
+from kvstore.local import LocalStore
 from kvstore.tensors.carrier import Carrier
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
         assert leases_left(store) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "fusedkv"])
-def test_generation_goes_on_as_a_loop_would(family: str, store: Store) -> None:
+def test_generation_goes_on_as_a_loop_would(family: str, store: LocalStore) -> None:
     model = build(family)
     reuse, _ = joined(model, store)
     prompt, _ = composition(PARTS)
@@ -65,7 +65,7 @@ def test_generation_goes_on_as_a_loop_would(family: str, store: Store) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_layer_that_is_late_is_computed_and_nothing_is_stored(family: str, layer: int, store: Store) -> None:
+def test_a_layer_that_is_late_is_computed_and_nothing_is_stored(family: str, layer: int, store: LocalStore) -> None:
     model, late = build(family), LateStore(store)
     reuse, _ = joined(model, late)  # type: ignore[arg-type]
     prompt, _ = composition(PARTS)
@@ -96,7 +96,7 @@ def test_by_way_of_the_device() -> None:
     streams.close()
 
 
-def test_after_its_weights_changed_a_model_reuses_and_stores_nothing(store: Store) -> None:
+def test_after_its_weights_changed_a_model_reuses_and_stores_nothing(store: LocalStore) -> None:
     model = build("llama")
     reuse, _ = joined(model, store)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_after_its_weights_changed_a_model_reuses_and_stores_nothing(store: Stor
         reuse.encode(segments=[FIRST])
 
 
-def test_a_module_of_which_an_end_is_missing_is_computed_where_it_stands(store: Store) -> None:
+def test_a_module_of_which_an_end_is_missing_is_computed_where_it_stands(store: LocalStore) -> None:
     """Used as far as it goes, what follows would be found no more as soon as another module begins like it."""
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=16)
@@ -127,7 +127,7 @@ def test_a_module_of_which_an_end_is_missing_is_computed_where_it_stands(store: 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_scattered_prompt_is_whole_only_after_it_was_read(family: str, store: Store) -> None:
+def test_a_scattered_prompt_is_whole_only_after_it_was_read(family: str, store: LocalStore) -> None:
     model = build(family)
     reuse, _ = joined(model, store)
     prompt, _ = composition(PARTS)
@@ -146,7 +146,7 @@ def test_a_scattered_prompt_is_whole_only_after_it_was_read(family: str, store: 
         assert torch.equal(model(**more, past_key_values=plain).logits, model(**more, past_key_values=hit.cache).logits)
 
 
-def test_a_part_of_a_chain_is_counted_without_what_shares_its_block(store: Store) -> None:
+def test_a_part_of_a_chain_is_counted_without_what_shares_its_block(store: LocalStore) -> None:
     model = build("llama")
     reuse, _ = joined(model, store)
     parts = (Text(Chain.of(HEAD).token_ids, 0), Placement(Chain.of(FIRST), 21, 38, len(HEAD)))
@@ -155,7 +155,7 @@ def test_a_part_of_a_chain_is_counted_without_what_shares_its_block(store: Store
     assert hit.cached_tokens == hit.cached_by_tier["host"] == 17
 
 
-def test_a_prompt_that_ends_with_a_module_leaves_its_last_token(store: Store) -> None:
+def test_a_prompt_that_ends_with_a_module_leaves_its_last_token(store: LocalStore) -> None:
     model = build("llama")
     reuse, windows = joined(model, store)
     prompt, owners = composition([(0, HEAD), (1, FIRST)])
@@ -187,7 +187,7 @@ def test_what_is_pinned_stays_until_it_is_released() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_recorded_by_way_of_a_devices_buffers(family: str, store: Store) -> None:
+def test_recorded_by_way_of_a_devices_buffers(family: str, store: LocalStore) -> None:
     """Texts that end inside the prompt, and the one that goes on, leave by a side stream; blends are not kept so."""
     model = build(family)
     reuse, _ = joined(model, store)

@@ -13,8 +13,8 @@ from devices import HERE, a_store_with_a_device, asked, bring, device, heat, rec
 from gates import only_on_disk
 
 import kvstore
-from kvstore import Store
 from kvstore.hot import Hot
+from kvstore.local import LocalStore
 from kvstore.tensors.streams import ThreadStream
 from kvstore.tiers.device import DeviceTier
 
@@ -22,11 +22,11 @@ TOKENS = ids(1, 3 * 32 + 7)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     yield from a_store_with_a_device(tmp_path / "cache")
 
 
-def test_what_leaves_memory_and_disk_leaves_the_device(store: Store) -> None:
+def test_what_leaves_memory_and_disk_leaves_the_device(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE)
     heat(store, TOKENS)
     only_on_disk(store)
@@ -49,7 +49,7 @@ def test_without_a_disk_what_leaves_memory_leaves_the_device() -> None:
         assert 0 < len(list(device(store))) <= 5
 
 
-def test_a_tail_that_is_superseded_leaves_the_device(store: Store) -> None:
+def test_a_tail_that_is_superseded_leaves_the_device(store: LocalStore) -> None:
     save(store, TOKENS[:40], layout=WIDE)
     heat(store, TOKENS[:40])
     save(store, TOKENS[:50], layout=WIDE)
@@ -59,7 +59,7 @@ def test_a_tail_that_is_superseded_leaves_the_device(store: Store) -> None:
     assert made.tokens_by_tier(50)["device"] == 50 and wrong_on_device(made, TOKENS) == []
 
 
-def test_what_expires_leaves_the_device(store: Store) -> None:
+def test_what_expires_leaves_the_device(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE, ttl=100.0)
     heat(store, TOKENS)
     now = store._residency.wall()
@@ -68,13 +68,13 @@ def test_what_expires_leaves_the_device(store: Store) -> None:
     assert list(device(store)) == []
 
 
-def pool(store: Store) -> torch.Tensor:
+def pool(store: LocalStore) -> torch.Tensor:
     tier = device(store).tier
     assert isinstance(tier, DeviceTier) and tier._pool is not None
     return tier._pool
 
 
-def test_what_is_forgotten_is_erased_on_the_device(store: Store) -> None:
+def test_what_is_forgotten_is_erased_on_the_device(store: LocalStore) -> None:
     other = ids(2, 32)
     pool(store).zero_()
     save(store, other, layout=WIDE, owner="other")
@@ -89,7 +89,7 @@ def test_what_is_forgotten_is_erased_on_the_device(store: Store) -> None:
     assert store.stats()["counters"]["device_erased_blocks"] == 4
 
 
-def test_what_is_forgotten_while_it_is_read_is_erased_afterwards(store: Store) -> None:
+def test_what_is_forgotten_while_it_is_read_is_erased_afterwards(store: LocalStore) -> None:
     pool(store).zero_()
     save(store, TOKENS, layout=WIDE, owner="me").wait()
     heat(store, TOKENS)
@@ -106,7 +106,7 @@ def test_what_is_forgotten_while_it_is_read_is_erased_afterwards(store: Store) -
     assert store.stats()["counters"]["device_erased_blocks"] == 4
 
 
-def test_what_was_being_filled_when_it_was_forgotten_is_never_found(store: Store) -> None:
+def test_what_was_being_filled_when_it_was_forgotten_is_never_found(store: LocalStore) -> None:
     pool(store).zero_()
     save(store, TOKENS, layout=WIDE, owner="me")
     filling = asked(store, TOKENS)

@@ -24,8 +24,9 @@ from devices import (
 from gates import PATIENCE, fetches_are_over, gated, only_on_disk
 
 import kvstore
-from kvstore import BadInput, Layout, Store
+from kvstore import BadInput, Layout
 from kvstore.hot import Hot
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.tensors.streams import ThreadStream
 from kvstore.tiers.device import DeviceTier
@@ -34,12 +35,12 @@ TOKENS = ids(1, 3 * 32 + 7)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     yield from a_store_with_a_device(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("layout", [WIDE, SMALL], ids=["wide", "small"])
-def test_what_a_load_filled_the_next_finds(store: Store, layout: Layout) -> None:
+def test_what_a_load_filled_the_next_finds(store: LocalStore, layout: Layout) -> None:
     tokens = ids(2, 3 * layout.block_tokens + 5)
     save(store, tokens, layout=layout)
     first = asked(store, tokens, layout)
@@ -61,7 +62,7 @@ def test_what_a_load_filled_the_next_finds(store: Store, layout: Layout) -> None
     second.release()
 
 
-def test_what_is_on_the_device_is_not_read_from_disk(store: Store) -> None:
+def test_what_is_on_the_device_is_not_read_from_disk(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE)
     heat(store, TOKENS[:64])
     only_on_disk(store)
@@ -79,7 +80,7 @@ def test_what_is_on_the_device_is_not_read_from_disk(store: Store) -> None:
     plain.release()
 
 
-def test_slots_that_nobody_filled_go_back(store: Store) -> None:
+def test_slots_that_nobody_filled_go_back(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE)
     made = asked(store, TOKENS)
     beside = asked(store, TOKENS)
@@ -111,7 +112,7 @@ def test_a_block_that_did_not_come_is_not_on_the_device(tmp_path: Path) -> None:
         made.release()
 
 
-def test_there_is_room_for_whom_is_used(store: Store) -> None:
+def test_there_is_room_for_whom_is_used(store: LocalStore) -> None:
     chains = [ids(n, 64) for n in range(5)]
     for tokens in chains:
         save(store, tokens, layout=WIDE)
@@ -127,7 +128,7 @@ def test_there_is_room_for_whom_is_used(store: Store) -> None:
     assert found(store, longer, layout=WIDE).tokens_by_tier["device"] == 32 * 5
 
 
-def test_blocks_stay_in_memory_until_streams_have_read_them(store: Store) -> None:
+def test_blocks_stay_in_memory_until_streams_have_read_them(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE).wait()
     stream, made = ThreadStream("kvstore-test"), asked(store, TOKENS)
     gate = threading.Event()
@@ -159,7 +160,7 @@ def test_a_load_in_flight_outlives_the_store(tmp_path: Path) -> None:
     made.release()
 
 
-def test_who_finds_a_slot_waits_until_it_is_full(store: Store) -> None:
+def test_who_finds_a_slot_waits_until_it_is_full(store: LocalStore) -> None:
     save(store, TOKENS, layout=WIDE).wait()
     copies, reads, gate = ThreadStream("kvstore-test"), ThreadStream("kvstore-test"), threading.Event()
 

@@ -19,8 +19,8 @@ from devices import CUDA, bring, recount_device, slow_kernel, tensor
 from gates import PATIENCE
 
 import kvstore
-from kvstore import Store
 from kvstore.hot import Hold
+from kvstore.local import LocalStore
 from kvstore.residency import Residency
 from kvstore.tensors.streams import CudaStream, Stream, ThreadStream
 from kvstore.tiers.device import DeviceTier
@@ -33,7 +33,7 @@ KINDS = ["cpu", pytest.param("cuda", marks=CUDA)]
 class Engine:
     """Loads chains at random and compares every slot in its own stream; ``wrong`` counts the slots that differ."""
 
-    def __init__(self, store: Store, device: str, seed: int) -> None:
+    def __init__(self, store: LocalStore, device: str, seed: int) -> None:
         self.store, self.draw = store, random.Random(seed)
         self.chains = [ids(seed + n, BLOCKS * SIZE) for n in range(CHAINS)]
         self.expected = [[block.to(device) for block in payloads(tokens)] for tokens in self.chains]

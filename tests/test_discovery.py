@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvstore
-from kvstore import Store
 from kvstore.composition import Composition, Placement
 from kvstore.discovery import WINDOW, winnow
 from kvstore.errors import BadInput
+from kvstore.local import LocalStore
 
 MINIMUM = 24
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="16MiB") as store:
         yield store
 
@@ -29,13 +29,13 @@ def placed(found: Composition) -> list[tuple[int, int]]:
     return [(part.position, len(part)) for part in found.parts if isinstance(part, Placement)]
 
 
-def discover(store: Store, tokens: list[int], minimum: int = MINIMUM) -> Composition:
+def discover(store: LocalStore, tokens: list[int], minimum: int = MINIMUM) -> Composition:
     found = store.discover(NS, SMALL, tokens, minimum)
     assert found.token_ids == tokens  # nothing is lost, whatever is found
     return found
 
 
-def test_a_run_in_the_middle_of_another_chain_is_found_where_it_begins_and_ends(store: Store, seed: int) -> None:
+def test_a_run_in_the_middle_of_another_chain_is_found_where_it_begins_and_ends(store: LocalStore, seed: int) -> None:
     stored = ids(seed, 150)
     save(store, stored)
     before, after = ids(seed + 1, 40), ids(seed + 2, 30)
@@ -50,7 +50,7 @@ def test_a_run_in_the_middle_of_another_chain_is_found_where_it_begins_and_ends(
     load.release()
 
 
-def test_what_is_saved_later_is_found_too_and_what_is_evicted_is_not(store: Store, seed: int) -> None:
+def test_what_is_saved_later_is_found_too_and_what_is_evicted_is_not(store: LocalStore, seed: int) -> None:
     first, second = ids(seed, 80), ids(seed + 1, 80)
     save(store, first)
     assert placed(discover(store, [1, 2, 3, *first])) == [(3, 80)]
@@ -61,7 +61,7 @@ def test_what_is_saved_later_is_found_too_and_what_is_evicted_is_not(store: Stor
     assert placed(discover(store, [1, 2, 3, *second, 4, 5, *first])) == []
 
 
-def test_a_run_goes_on_through_the_children_that_agree(store: Store, seed: int) -> None:
+def test_a_run_goes_on_through_the_children_that_agree(store: LocalStore, seed: int) -> None:
     stem, one, other = ids(seed, 48), ids(seed + 1, 40), ids(seed + 2, 40)
     save(store, [*stem, *one])
     save(store, [*stem, *other])
@@ -70,14 +70,14 @@ def test_a_run_goes_on_through_the_children_that_agree(store: Store, seed: int) 
     assert placed(found) == [(1, len(tail))]
 
 
-def test_what_the_prompt_begins_with_is_left_to_its_own_chain(store: Store, seed: int) -> None:
+def test_what_the_prompt_begins_with_is_left_to_its_own_chain(store: LocalStore, seed: int) -> None:
     stored = ids(seed, 100)
     save(store, stored)
     assert placed(discover(store, [*stored, *ids(seed + 1, 20)])) == []
     assert placed(discover(store, [*stored, 7, 8, *stored[20:80], 9])) == [(102, 60)]
 
 
-def test_shorter_runs_are_not_taken_and_too_short_a_minimum_is_refused(store: Store, seed: int) -> None:
+def test_shorter_runs_are_not_taken_and_too_short_a_minimum_is_refused(store: LocalStore, seed: int) -> None:
     stored = ids(seed, 100)
     save(store, stored)
     run = [1, 2, *stored[30 : 30 + MINIMUM], 3, 4]
@@ -87,7 +87,7 @@ def test_shorter_runs_are_not_taken_and_too_short_a_minimum_is_refused(store: St
         store.discover(NS, SMALL, run, WINDOW - 1)
 
 
-def test_nothing_is_found_across_namespaces(store: Store, seed: int) -> None:
+def test_nothing_is_found_across_namespaces(store: LocalStore, seed: int) -> None:
     stored = ids(seed, 100)
     save(store, stored)
     save(store, stored, namespace("another tenant"))
@@ -95,7 +95,7 @@ def test_nothing_is_found_across_namespaces(store: Store, seed: int) -> None:
     assert placed(found) == []
 
 
-def test_a_chain_behind_a_composition_is_found_by_its_root(store: Store, seed: int) -> None:
+def test_a_chain_behind_a_composition_is_found_by_its_root(store: LocalStore, seed: int) -> None:
     """Whoever finds it knows no more of its context than the key that it starts from."""
     stored, root = ids(seed, 70), b"r" * 32
     draft = store.drafts(SMALL, 5)
@@ -107,7 +107,7 @@ def test_a_chain_behind_a_composition_is_found_by_its_root(store: Store, seed: i
 
 
 def test_equal_fingerprints_of_other_tokens_are_told_apart(
-    store: Store, seed: int, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A negative control: with fingerprints that are all alike, only the comparison of tokens is left."""
     monkeypatch.setattr(

@@ -12,9 +12,10 @@ from blocks import NS, ODD, SMALL, WIDE, found, ids, load_all, marks, namespace,
 from gates import GatedTier, Task, gated, only_on_disk
 
 import kvstore
-from kvstore import BadInput, Layout, Namespace, Store
+from kvstore import BadInput, Layout, Namespace
 from kvstore.files import OsFiles
 from kvstore.keys import token_bytes
+from kvstore.local import LocalStore
 from kvstore.residency import Residency
 
 
@@ -53,7 +54,7 @@ def _search(wanted: dict[bytes, str], held: dict[str, bytes]) -> Iterator[tuple[
 
 
 @pytest.fixture(params=["linux", "portable"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Store, Path]]:
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[LocalStore, Path]]:
     files = OsFiles(portable=request.param == "portable")
     with kvstore.open(tmp_path / "cache", host="4MiB", disk="32MiB", files=files) as store:
         yield store, tmp_path / "cache"
@@ -62,7 +63,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Sto
 
 
 @pytest.mark.parametrize("layout", [SMALL, WIDE], ids=["small", "wide"])
-def test_what_is_forgotten_is_nowhere(opened: tuple[Store, Path], layout: Layout) -> None:
+def test_what_is_forgotten_is_nowhere(opened: tuple[LocalStore, Path], layout: Layout) -> None:
     store, folder = opened
     mine, other = ids(1, 4 * layout.block_tokens + 5), ids(2, 4 * layout.block_tokens + 5)
     save(store, mine, layout=layout, owner="me").wait()
@@ -106,7 +107,7 @@ def test_a_recycled_slot_holds_nothing_of_whom_it_held_before(tmp_path: Path) ->
         assert traces(tmp_path / "cache", *mine, space=space) == []
 
 
-def test_superseded_tails_and_blocks_in_memory_only(opened: tuple[Store, Path]) -> None:
+def test_superseded_tails_and_blocks_in_memory_only(opened: tuple[LocalStore, Path]) -> None:
     store, folder = opened
     tokens = ids(1, 60)
     for length in range(1, 60, 3):
@@ -201,7 +202,7 @@ def test_when_the_disk_refuses_the_receipt_says_so_and_close_tries_again(tmp_pat
     assert traces(tmp_path / "cache", tokens) == []
 
 
-def test_tenants_owners_and_ages_are_conditions_that_all_hold(opened: tuple[Store, Path]) -> None:
+def test_tenants_owners_and_ages_are_conditions_that_all_hold(opened: tuple[LocalStore, Path]) -> None:
     store, _ = opened
     now = [1000.0]
     store._residency.wall = lambda: now[0]
@@ -222,7 +223,7 @@ def test_tenants_owners_and_ages_are_conditions_that_all_hold(opened: tuple[Stor
     assert store.stats()["tiers"]["disk"]["blocks"] == 0
 
 
-def test_the_middle_of_a_chain_cuts_it_there_until_it_is_saved_anew(opened: tuple[Store, Path]) -> None:
+def test_the_middle_of_a_chain_cuts_it_there_until_it_is_saved_anew(opened: tuple[LocalStore, Path]) -> None:
     store, _ = opened
     tokens = ids(1, 80)
     for length, owner in ((32, "a"), (48, "b"), (80, "c")):

@@ -11,9 +11,9 @@ from hf_runs import BLOCK, leases_left
 from transformers import DynamicCache
 
 import kvstore
-from kvstore import Store
 from kvstore.adapters.fusedkv import FusedKVForCausalLM
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 from kvstore.plan import PLANS
 from kvstore.tensors.carrier import Carrier
 
@@ -23,7 +23,7 @@ KEEP: tuple[dict[str, int], ...] = ({}, {"logits_to_keep": 1}, {"logits_to_keep"
 
 
 def attached(
-    plan: str, store: Store, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
+    plan: str, store: LocalStore, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
 ) -> tuple[Any, Any]:
     model = build(plan, seed, DTYPES[dtype], attention)
     return model, Reuse(model, store, block_tokens=BLOCK)
@@ -49,7 +49,9 @@ def stored(model: Any, reuse: Any, ids: torch.Tensor, **keep: Any) -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", PLANS)
-def test_hits_of_any_length_go_on_bit_for_bit(store: Store, plan: str, dtype: str, attention: str, seed: int) -> None:
+def test_hits_of_any_length_go_on_bit_for_bit(
+    store: LocalStore, plan: str, dtype: str, attention: str, seed: int
+) -> None:
     """With early exit where the prompt is read, where it goes on, or both; and what was recorded then, a turn later."""
     model, reuse = attached(plan, store, dtype, attention, seed)
     for number, length in enumerate(HITS):
@@ -74,7 +76,7 @@ def test_hits_of_any_length_go_on_bit_for_bit(store: Store, plan: str, dtype: st
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_what_is_stored_does_not_depend_on_who_left_early(store: Store, plan: str, seed: int) -> None:
+def test_what_is_stored_does_not_depend_on_who_left_early(store: LocalStore, plan: str, seed: int) -> None:
     model, reuse = attached(plan, store, seed=seed)
     ids = prompt(PROMPT, seed)
     whole, left = (read_recorded(model, reuse, ids, keep) for keep in ({}, {"logits_to_keep": 1}))
@@ -94,7 +96,7 @@ def read_recorded(model: Any, reuse: Any, ids: torch.Tensor, keep: dict[str, int
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_greedy_tokens_are_those_of_the_model_alone(store: Store, plan: str, seed: int) -> None:
+def test_greedy_tokens_are_those_of_the_model_alone(store: LocalStore, plan: str, seed: int) -> None:
     """Over three turns, and with every way to leave early: generate() does, a plain loop over all logits does not."""
     model, reuse = attached(plan, store, seed=seed)
     ids = prompt(PROMPT, seed)
@@ -110,7 +112,7 @@ def test_greedy_tokens_are_those_of_the_model_alone(store: Store, plan: str, see
     assert reuse.load(ids).cached_tokens >= PROMPT + 2 * (NEW + MORE)
 
 
-def test_a_plan_is_part_of_the_fingerprint(store: Store, seed: int) -> None:
+def test_a_plan_is_part_of_the_fingerprint(store: LocalStore, seed: int) -> None:
     """Models whose weights are the same, and whose keys and values are not: only the plan tells them apart."""
     lite = build("fusedkv-lite", seed)
     yoco = build("yoco", seed)
@@ -123,7 +125,7 @@ def test_a_plan_is_part_of_the_fingerprint(store: Store, seed: int) -> None:
     assert one.load(ids).cached_tokens == PROMPT - 1
 
 
-def test_weights_of_sums_are_watched(store: Store, seed: int) -> None:
+def test_weights_of_sums_are_watched(store: LocalStore, seed: int) -> None:
     """They change what the model says, so hits are refused once training went on; as a control, not before."""
     model, reuse = attached("fusedkv", store, seed=seed)
     ids = prompt(PROMPT, seed)

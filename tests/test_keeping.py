@@ -14,30 +14,30 @@ from kept import CHAIN, HALF, OTHER, clock, counted, counted_behind_gates, flood
 from queues import counter, flags, jobs, states
 
 import kvstore
-from kvstore import Store
 from kvstore.keeping import FEW_ENDED, Keeping
+from kvstore.local import LocalStore
 
 
 @pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, quick: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, quick: Path) -> Iterator[LocalStore]:
     with counted(quick if request.param == "disk" else None) as opened:
         yield opened
 
 
 @pytest.fixture
-def on_disk(quick: Path) -> Iterator[Store]:
+def on_disk(quick: Path) -> Iterator[LocalStore]:
     with counted_behind_gates(quick) as opened:
         yield opened
 
 
 @pytest.fixture
-def small(quick: Path) -> Iterator[Store]:
+def small(quick: Path) -> Iterator[LocalStore]:
     """One whose disk holds less than half of what a flood brings."""
     with counted_behind_gates(quick, 2 * MIB, 6 * MIB) as opened:
         yield opened
 
 
-def test_what_is_pinned_survives_a_flood_that_evicts_the_rest(store: Store) -> None:
+def test_what_is_pinned_survives_a_flood_that_evicts_the_rest(store: LocalStore) -> None:
     for tokens in (CHAIN, OTHER):
         save(store, tokens).wait()
     pinned = store.pin(found(store, CHAIN), seconds=60)
@@ -55,7 +55,7 @@ def test_what_is_pinned_survives_a_flood_that_evicts_the_rest(store: Store) -> N
     assert True not in flags(store, [CHAIN])
 
 
-def test_a_pin_needs_no_handle(store: Store) -> None:
+def test_a_pin_needs_no_handle(store: LocalStore) -> None:
     save(store, CHAIN).wait()
     store.pin(found(store, CHAIN), seconds=60)
     gc.collect()
@@ -63,7 +63,7 @@ def test_a_pin_needs_no_handle(store: Store) -> None:
     assert flags(store, [CHAIN]) == [True] * 4
 
 
-def test_what_is_pinned_on_disk_stays_there_and_not_in_memory(small: Store) -> None:
+def test_what_is_pinned_on_disk_stays_there_and_not_in_memory(small: LocalStore) -> None:
     for tokens in (CHAIN, OTHER):
         save(small, tokens)
     pinned = small.pin(found(small, CHAIN), "disk", seconds=60)
@@ -75,7 +75,7 @@ def test_what_is_pinned_on_disk_stays_there_and_not_in_memory(small: Store) -> N
     assert found(small, OTHER).tokens == 0
 
 
-def test_a_partial_block_that_is_pinned_on_disk_is_written(on_disk: Store) -> None:
+def test_a_partial_block_that_is_pinned_on_disk_is_written(on_disk: LocalStore) -> None:
     save(on_disk, CHAIN[:40])
     on_disk.pin(found(on_disk, CHAIN[:40]), "disk", seconds=60)
     with on_disk._residency.lock:
@@ -83,7 +83,7 @@ def test_a_partial_block_that_is_pinned_on_disk_is_written(on_disk: Store) -> No
     assert on_disk.stats()["tiers"]["disk"]["blocks"] == 3
 
 
-def test_what_is_only_on_disk_is_brought(on_disk: Store) -> None:
+def test_what_is_only_on_disk_is_brought(on_disk: LocalStore) -> None:
     save(on_disk, CHAIN)
     only_on_disk(on_disk)
     match = found(on_disk, CHAIN)
@@ -97,7 +97,7 @@ def test_what_is_only_on_disk_is_brought(on_disk: Store) -> None:
     assert not on_disk._loader.ahead  # nobody took it for a prefetch
 
 
-def test_a_load_hurries_what_a_pin_is_about_to_bring(on_disk: Store) -> None:
+def test_a_load_hurries_what_a_pin_is_about_to_bring(on_disk: LocalStore) -> None:
     save(on_disk, CHAIN)
     only_on_disk(on_disk)
     gate = cast(Any, on_disk._residency.disk).gate("read", 4)
@@ -113,7 +113,7 @@ def test_a_load_hurries_what_a_pin_is_about_to_bring(on_disk: Store) -> None:
     fetches_are_over(on_disk)
 
 
-def test_a_pin_lives_from_use_to_use_and_not_for_ever(store: Store) -> None:
+def test_a_pin_lives_from_use_to_use_and_not_for_ever(store: LocalStore) -> None:
     now = clock(store)
     save(store, CHAIN)
     pinned = store.pin(found(store, CHAIN), seconds=10)
@@ -138,7 +138,7 @@ def test_a_pin_lives_from_use_to_use_and_not_for_ever(store: Store) -> None:
     assert flags(store, [CHAIN]) == [True] * 4
 
 
-def test_what_stands_before_a_match_is_pinned_and_used_with_it(store: Store) -> None:
+def test_what_stands_before_a_match_is_pinned_and_used_with_it(store: LocalStore) -> None:
     now = clock(store)
     save(store, CHAIN).wait()
     part = store.match(NS, SMALL, [*CHAIN, 0], first=32)
@@ -152,7 +152,7 @@ def test_what_stands_before_a_match_is_pinned_and_used_with_it(store: Store) -> 
     assert flags(store, [CHAIN]) == [True] * 4
 
 
-def test_pins_take_half_of_a_tier_leading_tokens_first(store: Store) -> None:
+def test_pins_take_half_of_a_tier_leading_tokens_first(store: LocalStore) -> None:
     long = ids(3, 60 * 16)
     save(store, long).wait()
     save(store, CHAIN).wait()
@@ -168,7 +168,7 @@ def test_pins_take_half_of_a_tier_leading_tokens_first(store: Store) -> None:
     assert store.pin(found(store, CHAIN), seconds=60).tokens == 64
 
 
-def test_pins_on_the_same_blocks_count_once_and_end_apart(store: Store) -> None:
+def test_pins_on_the_same_blocks_count_once_and_end_apart(store: LocalStore) -> None:
     now = clock(store)
     save(store, CHAIN)
     first, second = (store.pin(found(store, CHAIN), seconds=seconds) for seconds in (10, 20))
@@ -183,7 +183,7 @@ def test_pins_on_the_same_blocks_count_once_and_end_apart(store: Store) -> None:
     assert kept(store)["host"] == 0
 
 
-def test_with_half_pinned_and_the_rest_leased_saves_are_short_and_nothing_fails(store: Store) -> None:
+def test_with_half_pinned_and_the_rest_leased_saves_are_short_and_nothing_fails(store: LocalStore) -> None:
     long = ids(3, 40 * 16)
     save(store, long).wait()
     store.pin(found(store, long), seconds=60)
@@ -199,7 +199,7 @@ def test_with_half_pinned_and_the_rest_leased_saves_are_short_and_nothing_fails(
     assert save(store, CHAIN).tokens == 64
 
 
-def test_what_jobs_wait_for_and_what_is_pinned_leave_room_for_saves(on_disk: Store) -> None:
+def test_what_jobs_wait_for_and_what_is_pinned_leave_room_for_saves(on_disk: LocalStore) -> None:
     chains = [ids(seed, 64) for seed in range(10, 40)]
     for tokens in chains:
         save(on_disk, tokens).wait()
@@ -225,7 +225,7 @@ def test_neither_pins_nor_retentions_survive_a_restart(quick: Path) -> None:
         assert True not in flags(store, [CHAIN])
 
 
-def test_a_pin_ends_with_its_blocks(store: Store) -> None:
+def test_a_pin_ends_with_its_blocks(store: LocalStore) -> None:
     save(store, CHAIN, owner="me").wait()
     pinned = store.pin(found(store, CHAIN), seconds=60)
     store.retain(found(store, CHAIN), 60)
@@ -237,7 +237,7 @@ def test_a_pin_ends_with_its_blocks(store: Store) -> None:
     pinned.release()
 
 
-def test_what_supersedes_a_block_takes_over_its_pins(store: Store) -> None:
+def test_what_supersedes_a_block_takes_over_its_pins(store: LocalStore) -> None:
     save(store, CHAIN[:40])
     store.pin(found(store, CHAIN[:40]), seconds=60)
     save(store, CHAIN[:44]).wait()
@@ -248,7 +248,7 @@ def test_what_supersedes_a_block_takes_over_its_pins(store: Store) -> None:
     assert flags(store, [CHAIN])[:3] == [True] * 3
 
 
-def test_pins_that_come_and_go_leave_nothing_behind(store: Store) -> None:
+def test_pins_that_come_and_go_leave_nothing_behind(store: LocalStore) -> None:
     save(store, CHAIN)
     match = found(store, CHAIN)
     last = store.pin(match, seconds=1e6)

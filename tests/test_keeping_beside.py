@@ -16,16 +16,16 @@ from test_schedule_device import uploaded
 from test_stress import SPACES, Crowd
 
 import kvstore
-from kvstore import Store
+from kvstore.local import LocalStore
 
 
 @pytest.fixture
-def hot(quick: Path) -> Iterator[Store]:
+def hot(quick: Path) -> Iterator[LocalStore]:
     """One with a device of five blocks."""
     yield from a_store_with_a_device(quick / "cache")
 
 
-def test_what_is_pinned_on_the_device_stays_there(hot: Store) -> None:
+def test_what_is_pinned_on_the_device_stays_there(hot: LocalStore) -> None:
     chains = [ids(seed, 32) for seed in range(1, 9)]
     for tokens in chains:
         save(hot, tokens, layout=WIDE)
@@ -58,7 +58,7 @@ def test_what_is_pinned_on_the_device_stays_in_the_last_tier_too(quick: Path) ->
         assert found(hot, ids(1, 32), layout=WIDE).tokens_by_tier["device"] == 32
 
 
-def test_demoted_blocks_leave_the_device(hot: Store) -> None:
+def test_demoted_blocks_leave_the_device(hot: LocalStore) -> None:
     tokens = ids(1, 64)
     save(hot, tokens, layout=WIDE).wait()
     heat(hot, tokens)

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from array import array
 
-import hypothesis
 import test_state_machine
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import rule, run_state_machine_as_test
+from hypothesis.stateful import rule
 from kept import kept_faults
 from queues import nobody_waits
-from test_state_machine import SPACES, Block, tenants, tokens_of_a_chain
+from test_state_machine import SPACES, Block, run, tenants, tokens_of_a_chain
 
 from kvstore.match import Match
 
@@ -87,12 +85,4 @@ def _behind(block: Block, head: Block) -> bool:
 
 
 def test_the_store_is_a_dict_whatever_is_kept(seed: int) -> None:
-    profile = settings(
-        max_examples=40,
-        stateful_step_count=30,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(hypothesis.seed(seed)(Machine), settings=profile)
+    run(seed, examples=40, steps=30, machine=Machine)

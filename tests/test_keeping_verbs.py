@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from blocks import NS, SMALL, found, ids, load_all, recount, save
 from gates import MIB, PATIENCE, gated
-from kept import BLOCK, CHAIN, OTHER, clock, counted, counted_behind_gates, flood, kept
+from kept import BLOCK, CHAIN, OTHER, clock, flood, kept
 from queues import SLOTS, counter, flags
 from test_forget import traces
+from test_keeping import on_disk, small, store
 
 import kvstore
-from kvstore import BadInput, Store
+from kvstore import BadInput
 from kvstore.erasure import Eraser
 from kvstore.keeping import Keeping
+from kvstore.local import LocalStore
+
+__all__ = ["on_disk", "small", "store"]  # fixtures
 
 
-@pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, quick: Path) -> Iterator[Store]:
-    with counted(quick if request.param == "disk" else None) as opened:
-        yield opened
-
-
-@pytest.fixture
-def on_disk(quick: Path) -> Iterator[Store]:
-    with counted_behind_gates(quick) as opened:
-        yield opened
-
-
-@pytest.fixture
-def small(quick: Path) -> Iterator[Store]:
-    """One whose disk holds less than half of what a flood brings."""
-    with counted_behind_gates(quick, 2 * MIB, 6 * MIB) as opened:
-        yield opened
-
-
-def test_what_is_retained_stays_on_disk_and_may_leave_memory(small: Store) -> None:
+def test_what_is_retained_stays_on_disk_and_may_leave_memory(small: LocalStore) -> None:
     now = clock(small)
     for tokens in (CHAIN, OTHER):
         save(small, tokens)
@@ -85,7 +69,7 @@ def test_what_the_disk_has_evicted_is_written_anew_when_it_is_retained(quick: Pa
         assert load_all(store, [*CHAIN, 0]) == 64
 
 
-def test_what_is_demoted_frees_memory_now(on_disk: Store) -> None:
+def test_what_is_demoted_frees_memory_now(on_disk: LocalStore) -> None:
     save(on_disk, CHAIN).wait()
     on_disk.pin(found(on_disk, CHAIN), seconds=60)
     demoted = on_disk.demote(found(on_disk, CHAIN))
@@ -96,7 +80,7 @@ def test_what_is_demoted_frees_memory_now(on_disk: Store) -> None:
     assert load_all(on_disk, [*CHAIN, 0]) == 64
 
 
-def test_what_is_not_written_yet_follows_when_it_is(on_disk: Store) -> None:
+def test_what_is_not_written_yet_follows_when_it_is(on_disk: LocalStore) -> None:
     gate = cast(Any, on_disk._residency.disk).gate("write", 3)
     save(on_disk, CHAIN[:40])
     reader = found(on_disk, CHAIN[:16])
@@ -127,7 +111,7 @@ def test_without_a_disk_what_is_demoted_goes_first_and_what_others_share_stays()
         assert found(store, [*shared, *ids(6, 64)]).tokens == 96
 
 
-def test_what_a_match_found_is_erased_with_what_stands_behind_it(store: Store, quick: Path) -> None:
+def test_what_a_match_found_is_erased_with_what_stands_behind_it(store: LocalStore, quick: Path) -> None:
     stem, branches = CHAIN[:32], [[*CHAIN[:32], *ids(seed, 40)] for seed in (11, 12)]
     for tokens in [*branches, OTHER]:
         save(store, tokens, owner="me").wait()
@@ -144,7 +128,7 @@ def test_what_a_match_found_is_erased_with_what_stands_behind_it(store: Store, q
         assert traces(quick / "cache", OTHER) and traces(quick / "cache", *(each[32:] for each in branches)) == []
 
 
-def test_what_a_load_reads_is_erased_when_it_ends(store: Store) -> None:
+def test_what_a_load_reads_is_erased_when_it_ends(store: LocalStore) -> None:
     save(store, CHAIN).wait()
     match = found(store, CHAIN)
     load = store.load(match)
@@ -153,7 +137,7 @@ def test_what_a_load_reads_is_erased_when_it_ends(store: Store) -> None:
     load.release()
 
 
-def test_what_cannot_be_is_said(store: Store) -> None:
+def test_what_cannot_be_is_said(store: LocalStore) -> None:
     save(store, CHAIN).wait()
     match = found(store, CHAIN)
     wrong: list[Any] = [0, -1, float("inf"), float("nan"), "60", None]

@@ -10,12 +10,13 @@ from hf_models import FAMILIES, VOCABULARY, build, prompt
 from transformers import DynamicCache
 
 import kvstore
-from kvstore import BadInput, Store
+from kvstore import BadInput
 from kvstore.adapters.kvlink import LinkTokens, add_links, additive, block_mask, compose, lay_out, reference
 from kvstore.adapters.kvlink.mask import causal_mask
 from kvstore.adapters.kvlink.training import Padded, masked_logits, padded
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Chain, Placement, Text
+from kvstore.local import LocalStore
 
 LINKS = LinkTokens(start=VOCABULARY, per_document=2, documents=4)
 LENGTHS = (33, 20, 27)
@@ -215,7 +216,7 @@ def test_a_masked_pass_is_documents_alone_and_links_computed(seed: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_store_serves_what_a_masked_pass_computes(family: str, seed: int, store: Store) -> None:
+def test_the_store_serves_what_a_masked_pass_computes(family: str, seed: int, store: LocalStore) -> None:
     model = linked(seed, family)
     reuse = Reuse(model, store, block_tokens=16)
     documents, question, system = parts(seed)
@@ -258,7 +259,7 @@ def test_blends_go_from_apart_to_whole(seed: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
-def test_a_blend_is_what_the_store_serves(share: float, seed: int, store: Store) -> None:
+def test_a_blend_is_what_the_store_serves(share: float, seed: int, store: LocalStore) -> None:
     model = build("llama", seed=seed)
     reuse = Reuse(model, store, block_tokens=16)
     documents, question, _ = parts(seed)

@@ -16,9 +16,9 @@ from devices import HERE, asked, bring, device
 from gates import MIB, PATIENCE, Task
 
 import kvstore
-from kvstore import Store
 from kvstore.hot import Hot
 from kvstore.load import Load
+from kvstore.local import LocalStore
 from kvstore.mover import Mover, Priority
 from kvstore.policies.lru import LRU
 from kvstore.tensors.streams import Event, ThreadStream
@@ -164,7 +164,7 @@ class Failed:
 
 def test_a_device_that_fails_while_it_erases_is_asked_again() -> None:
     tier = Broken(2 * MIB)
-    with Store(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU())) as store:
+    with LocalStore(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU())) as store:
         save(store, TOKENS, layout=WIDE, owner="me")
         made = asked(store, TOKENS)
         assert bring(made, HERE)

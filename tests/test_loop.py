@@ -16,9 +16,10 @@ from test_cli import saved_model
 from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 import kvstore
-from kvstore import BadInput, Store
+from kvstore import BadInput
 from kvstore.adapters.transformers import Loop, Request
 from kvstore.adapters.transformers.tempo import Tempo
+from kvstore.local import LocalStore
 
 NEW = 12
 
@@ -49,7 +50,7 @@ def prompts(model: Any, first: torch.Tensor, count: int, seed: int) -> list[torc
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "fusedkv"])
-def test_answers_are_those_of_generate_alone(store: Store, family: str, seed: int) -> None:
+def test_answers_are_those_of_generate_alone(store: LocalStore, family: str, seed: int) -> None:
     """Requests of different lengths join as others leave."""
     model, reuse = served(family, store)
     asked = prompts(model, stored_prompt(model, reuse, 40, seed), 6, seed)
@@ -94,7 +95,7 @@ def test_what_waiting_requests_read_comes_from_disk_ahead(tmp_path: Path, seed: 
         assert [tier["host"] for tier in tiers[1:]] == [48, 48]
 
 
-def test_first_come_first_served(store: Store, seed: int) -> None:
+def test_first_come_first_served(store: LocalStore, seed: int) -> None:
     """When a request has its first token, all that came before it have been begun; the store knows the rest."""
     _, reuse = served("llama", store)
     requests: list[Request] = []
@@ -139,7 +140,7 @@ def test_when_waiting_requests_will_start() -> None:
     assert tempo.starts([], [3, 3], 1) == [0.0, 4.0]
 
 
-def test_requests_from_several_threads(store: Store, seed: int) -> None:
+def test_requests_from_several_threads(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     asked = prompts(model, stored_prompt(model, reuse, 40, seed), 8, seed)
     heard: dict[int, list[int]] = {number: [] for number in range(8)}
@@ -175,7 +176,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_asked(store: Store, case: str) -> None:
+def test_what_cannot_be_asked(store: LocalStore, case: str) -> None:
     _, reuse = served("llama", store)
     ids, options, sentence = BAD[case]
     with Loop(reuse) as loop:
@@ -187,7 +188,7 @@ def test_what_cannot_be_asked(store: Store, case: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["step", "close"])
-def test_a_callback_cannot_step_or_close(store: Store, what: str, seed: int) -> None:
+def test_a_callback_cannot_step_or_close(store: LocalStore, what: str, seed: int) -> None:
     _, reuse = served("llama", store)
     with Loop(reuse) as loop:
         request = loop.submit(prompt(9, seed), max_new_tokens=2, on_token=lambda _: getattr(loop, what)())
@@ -204,7 +205,7 @@ def test_a_callback_cannot_step_or_close(store: Store, what: str, seed: int) -> 
         assert [one.state for one in again] == ["done", "done"]
 
 
-def test_samplers_and_logits_processors(store: Store, seed: int) -> None:
+def test_samplers_and_logits_processors(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     ids = prompt(30, seed)
 
@@ -226,7 +227,7 @@ def test_samplers_and_logits_processors(store: Store, seed: int) -> None:
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "the model's own"])
-def test_an_answer_ends_where_its_last_token_says(store: Store, given: bool, seed: int) -> None:
+def test_an_answer_ends_where_its_last_token_says(store: LocalStore, given: bool, seed: int) -> None:
     model, reuse = served("llama", store)
     ids = prompt(30, seed)
     whole = alone(model, ids)[0, 30:].tolist()
@@ -242,7 +243,7 @@ def test_an_answer_ends_where_its_last_token_says(store: Store, given: bool, see
     assert endless.result()[0, 30:].tolist() == whole
 
 
-def test_tenants_share_nothing(store: Store, seed: int) -> None:
+def test_tenants_share_nothing(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     ids = prompt(30, seed)
     with Loop(reuse) as loop:
@@ -254,7 +255,7 @@ def test_tenants_share_nothing(store: Store, seed: int) -> None:
     assert store.forget(owner="someone").blocks == 2 * 2
 
 
-def test_what_was_decided_of_a_load_is_told(store: Store, seed: int) -> None:
+def test_what_was_decided_of_a_load_is_told(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = stored_prompt(model, reuse, 40, seed)
     with Loop(reuse) as loop:
@@ -264,7 +265,7 @@ def test_what_was_decided_of_a_load_is_told(store: Store, seed: int) -> None:
     assert request.hit.decision.loaded == request.hit.cached_tokens and request.hit.decision.matched == 39
 
 
-def test_a_chat(store: Store, tmp_path: Path, seed: int) -> None:
+def test_a_chat(store: LocalStore, tmp_path: Path, seed: int) -> None:
     model = build("llama")
     tokenizer = AutoTokenizer.from_pretrained(saved_model(tmp_path, True, model))
     _, reuse = served("llama", store)

@@ -13,12 +13,13 @@ from hf_runs import leases_left, stored_prompt
 from test_loop import NEW, alone, served
 
 import kvstore
-from kvstore import Store, StoreClosed
+from kvstore import StoreClosed
 from kvstore.adapters.transformers import Loop
 from kvstore.adapters.transformers.request import Cancelled, DeadlinePassed, QueueFull
+from kvstore.local import LocalStore
 
 
-def test_a_cancelled_request_leaves_the_queue_or_stops_and_is_saved(store: Store, seed: int) -> None:
+def test_a_cancelled_request_leaves_the_queue_or_stops_and_is_saved(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     ids, others = prompt(33, seed), prompt(20, seed + 1)
     with Loop(reuse, active=1, max_waiting=1) as loop:
@@ -43,7 +44,7 @@ def test_a_cancelled_request_leaves_the_queue_or_stops_and_is_saved(store: Store
 class Meanwhile:
     """A store during whose loads something else happens."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self.store, self.then = store, list[Any]()
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +56,7 @@ class Meanwhile:
         return self.store.load(match, device)
 
 
-def test_a_request_that_is_cancelled_while_it_is_loaded(store: Store, seed: int) -> None:
+def test_a_request_that_is_cancelled_while_it_is_loaded(store: LocalStore, seed: int) -> None:
     slow: Any = Meanwhile(store)
     model, reuse = served("llama", slow)
     ids = stored_prompt(model, reuse, 33, seed)
@@ -79,7 +80,7 @@ def fails(*_: object) -> Any:
 
 
 @pytest.mark.parametrize("which", ["on_token", "sampler"])
-def test_what_a_callers_function_raises_ends_its_own_request(store: Store, which: str, seed: int) -> None:
+def test_what_a_callers_function_raises_ends_its_own_request(store: LocalStore, which: str, seed: int) -> None:
     model, reuse = served("llama", store)
     asked = [prompt(20, seed + number) for number in range(3)]
     with Loop(reuse) as loop:
@@ -96,7 +97,7 @@ def test_what_a_callers_function_raises_ends_its_own_request(store: Store, which
 
 
 @pytest.mark.parametrize("place", [0, 7], ids=["prefill", "decode"])
-def test_a_model_that_fails_over_one_request(store: Store, place: int, seed: int) -> None:
+def test_a_model_that_fails_over_one_request(store: LocalStore, place: int, seed: int) -> None:
     """No memory for one: it alone gets the error, and nothing of it is held, however long the error is kept."""
     model, reuse = served("llama", store)
     asked = [stored_prompt(model, reuse, 20 + 20 * number, seed + number) for number in range(3)]
@@ -121,7 +122,7 @@ def test_a_model_that_fails_over_one_request(store: Store, place: int, seed: int
         assert torch.equal(requests[number].result(), expected[number])
 
 
-def test_a_bug_ends_its_request_and_is_raised(store: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_ends_its_request_and_is_raised(store: LocalStore, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no model should raise: the one who steps gets it too; a serving thread ends, and leaves nobody waiting."""
     model, reuse = served("llama", store)
     asked = [prompt(20, seed), prompt(21, seed + 1)]
@@ -154,7 +155,7 @@ def test_a_bug_ends_its_request_and_is_raised(store: Store, seed: int, monkeypat
     assert torch.equal(second.result(), alone(model, asked[1]))
 
 
-def test_a_closed_loop_leaves_nobody_waiting(store: Store, seed: int) -> None:
+def test_a_closed_loop_leaves_nobody_waiting(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     ids, said, go = prompt(20, seed), threading.Event(), threading.Event()
 
@@ -187,7 +188,7 @@ def test_a_closed_loop_leaves_nobody_waiting(store: Store, seed: int) -> None:
     assert store._prefetcher._queue == {}
 
 
-def test_who_waits_too_long_is_refused(store: Store, seed: int) -> None:
+def test_who_waits_too_long_is_refused(store: LocalStore, seed: int) -> None:
     model, reuse = served("llama", store)
     ids = prompt(20, seed)
     with Loop(reuse) as loop:
@@ -201,7 +202,7 @@ def test_who_waits_too_long_is_refused(store: Store, seed: int) -> None:
     assert torch.equal(patient.result(), alone(model, ids))
 
 
-def test_a_full_queue_says_so(store: Store, seed: int) -> None:
+def test_a_full_queue_says_so(store: LocalStore, seed: int) -> None:
     _, reuse = served("llama", store)
     ids = prompt(20, seed)
     with Loop(reuse, active=1, max_waiting=2) as loop:

@@ -15,14 +15,15 @@ from blocks import NS, SMALL, found, ids, load_all, recount, save, wrong
 from gates import Task
 
 import kvstore
-from kvstore import BadInput, ForkError, Store, StoreBusy, StoreClosed
+from kvstore import BadInput, ForkError, StoreBusy, StoreClosed
 from kvstore.files import OsFiles
+from kvstore.local import LocalStore
 
 TOKENS = ids(1, 40)
 
 
 @pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore]:
     path = tmp_path / "cache" if request.param == "disk" else None
     with kvstore.open(path, host="8MiB", disk="64MiB") as opened:
         yield opened
@@ -56,7 +57,7 @@ def test_after_close_every_call_says_so(tmp_path: Path) -> None:
         load.release()
 
 
-def test_a_child_of_a_fork_is_told_to_open_its_own(store: Store) -> None:
+def test_a_child_of_a_fork_is_told_to_open_its_own(store: LocalStore) -> None:
     save(store, ids(1, 40))
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:

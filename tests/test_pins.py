@@ -11,7 +11,7 @@ import torch
 from blocks import SMALL, ids, load_all, save
 from gates import MIB, PATIENCE, Task
 
-from kvstore import Store
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.tiers import host
 from kvstore.tiers.device import CudaPins
@@ -112,7 +112,7 @@ def test_a_run_that_cannot_be_pinned_stays_pageable(failing: int, caplog: pytest
     ledger = Ledger(failing, failing + 3)
     tier = HostTier(8 * MIB, ledger)
     with caplog.at_level("WARNING"):
-        store = Store(tier, None, LRU(), LRU())
+        store = LocalStore(tier, None, LRU(), LRU())
         tokens = ids(1, 16 * 600)  # 12 KiB for each 16 tokens
         save(store, tokens)
         ledger.called(len(tier._slab.extents))

@@ -15,7 +15,7 @@ from pml_words import prompt, schema
 import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Composition, Placement
-from kvstore.store import Store
+from kvstore.local import LocalStore
 
 TRIP = (
     'You plan trips.<module name="plan">Plan <parameter name="days" length="6"/></module>'
@@ -39,7 +39,7 @@ PROMPTS: dict[str, tuple[str, Any, str, list[int]]] = {
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
         assert leases_left(store) == 0
@@ -54,7 +54,7 @@ def logits(model: Any, reuse: Reuse, said: Composition) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_a_prompt_equals_a_masked_forward_pass(case: str, store: Store) -> None:
+def test_a_prompt_equals_a_masked_forward_pass(case: str, store: LocalStore) -> None:
     """In which a module sees itself, and what is computed sees all that is before it."""
     inside, layout, wanted, modules = PROMPTS[case]
     model = build("llama")

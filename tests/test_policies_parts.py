@@ -25,7 +25,7 @@ def test_leaves_are_what_nothing_stands_behind(seed: int) -> None:
             assert leaves.discard(block) == (above if bare else NONE)
         assert [block in leaves for block in range(-3, 50)] == [block in parent for block in range(-3, 50)]
         assert all(leaves.is_leaf(block) == (block not in parent.values()) for block in parent)
-        assert {block: leaves.parent_of(block) for block in parent} == parent and len(leaves) == len(parent)
+        assert {block: leaves._parent[block] for block in parent} == parent and len(leaves) == len(parent)
     left, gone = dict(parent), dict[int, int]()
     for block in sorted(parent, reverse=True):
         above = left.pop(block)

@@ -11,14 +11,15 @@ from blocks import NS, SMALL, drafts, found, ids, load_all, recount, save, wrong
 from gates import MIB, GatedTier, Task, fetches_are_over, gated, only_on_disk
 
 import kvstore
-from kvstore import Store, StoreClosed
+from kvstore import StoreClosed
+from kvstore.local import LocalStore
 from kvstore.mover import WORKERS
 
 TOKENS = ids(1, 64)
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[Store, GatedTier]]:
+def pair(tmp_path: Path) -> Iterator[tuple[LocalStore, GatedTier]]:
     """A store, and its tier behind gates; its accounts must be right at the end."""
     with gated(tmp_path / "cache") as (store, tier):
         yield store, tier
@@ -27,7 +28,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Store, GatedTier]]:
             assert recount(store) == []
 
 
-def test_a_block_that_is_forgotten_while_it_is_fetched(pair: tuple[Store, GatedTier]) -> None:
+def test_a_block_that_is_forgotten_while_it_is_fetched(pair: tuple[LocalStore, GatedTier]) -> None:
     store, tier = pair
     save(store, TOKENS, owner="a")
     only_on_disk(store)
@@ -44,7 +45,7 @@ def test_a_block_that_is_forgotten_while_it_is_fetched(pair: tuple[Store, GatedT
     assert store.stats()["tiers"]["disk"]["blocks"] == 0
 
 
-def test_a_tail_that_is_superseded_while_it_is_fetched(pair: tuple[Store, GatedTier]) -> None:
+def test_a_tail_that_is_superseded_while_it_is_fetched(pair: tuple[LocalStore, GatedTier]) -> None:
     store, tier = pair
     save(store, TOKENS[:20])
     only_on_disk(store)
@@ -75,7 +76,7 @@ def test_blocks_that_are_fetched_are_not_evicted_from_disk(tmp_path: Path) -> No
         assert recount(store) == []
 
 
-def test_a_load_that_is_dropped_while_it_is_fetched(pair: tuple[Store, GatedTier]) -> None:
+def test_a_load_that_is_dropped_while_it_is_fetched(pair: tuple[LocalStore, GatedTier]) -> None:
     store, tier = pair
     save(store, TOKENS)
     only_on_disk(store)
@@ -107,7 +108,7 @@ def test_closing_in_the_middle_of_a_load_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["write", "commit", "commit done"])
-def test_a_block_that_is_forgotten_while_it_is_written(pair: tuple[Store, GatedTier], where: str) -> None:
+def test_a_block_that_is_forgotten_while_it_is_written(pair: tuple[LocalStore, GatedTier], where: str) -> None:
     store, tier = pair
     gate = tier.gate(where.split()[0], after="done" in where)
     saved = save(store, TOKENS[:16], owner="a")
@@ -124,7 +125,7 @@ def test_a_block_that_is_forgotten_while_it_is_written(pair: tuple[Store, GatedT
 
 @pytest.mark.parametrize("where", ["write", "commit", "commit done"])
 def test_a_block_that_is_saved_anew_while_its_forgotten_self_is_written(
-    pair: tuple[Store, GatedTier], where: str
+    pair: tuple[LocalStore, GatedTier], where: str
 ) -> None:
     store, tier = pair
     gate = tier.gate(where.split()[0], after="done" in where)
@@ -140,7 +141,7 @@ def test_a_block_that_is_saved_anew_while_its_forgotten_self_is_written(
 
 
 @pytest.mark.parametrize("where", ["write", "commit", "commit done"])
-def test_a_tail_that_is_superseded_while_it_is_written(pair: tuple[Store, GatedTier], where: str) -> None:
+def test_a_tail_that_is_superseded_while_it_is_written(pair: tuple[LocalStore, GatedTier], where: str) -> None:
     store, tier = pair
     gate = tier.gate(where.split()[0], after="done" in where)
     first = save(store, TOKENS[:9])
@@ -179,7 +180,7 @@ def test_a_save_that_comes_while_the_store_closes_is_kept_or_refused(tmp_path: P
         kept: list[int] = []
         store = kvstore.open(tmp_path / "cache", host="4MiB", disk="32MiB")
 
-        def saving(opened: Store = store, base: int = attempt * 1000, kept: list[int] = kept) -> None:
+        def saving(opened: LocalStore = store, base: int = attempt * 1000, kept: list[int] = kept) -> None:
             for number in range(base, base + 1000):
                 save(opened, ids(number, 20))
                 kept.append(number)
@@ -195,7 +196,7 @@ def test_a_save_that_comes_while_the_store_closes_is_kept_or_refused(tmp_path: P
             assert recount(again) == []
 
 
-def test_all_who_wait_for_a_block_that_fails_learn_it(pair: tuple[Store, GatedTier]) -> None:
+def test_all_who_wait_for_a_block_that_fails_learn_it(pair: tuple[LocalStore, GatedTier]) -> None:
     store, tier = pair
     save(store, TOKENS)
     only_on_disk(store)
@@ -217,7 +218,7 @@ def test_all_who_wait_for_a_block_that_fails_learn_it(pair: tuple[Store, GatedTi
     assert store.stats()["counters"]["failed_reads"] == 4
 
 
-def test_a_failed_block_in_the_middle_cuts_the_load_there(pair: tuple[Store, GatedTier]) -> None:
+def test_a_failed_block_in_the_middle_cuts_the_load_there(pair: tuple[LocalStore, GatedTier]) -> None:
     store, tier = pair
     save(store, TOKENS)
     only_on_disk(store)
@@ -236,7 +237,7 @@ def test_a_failed_block_in_the_middle_cuts_the_load_there(pair: tuple[Store, Gat
 
 @pytest.mark.parametrize("where", ["write", "commit"])
 def test_what_cannot_be_written_stays_in_memory_and_is_said_not_to_be_durable(
-    pair: tuple[Store, GatedTier], where: str
+    pair: tuple[LocalStore, GatedTier], where: str
 ) -> None:
     store, tier = pair
     tier.fail(where, 4)
@@ -263,7 +264,7 @@ def test_room_for_drafts_comes_back_when_writes_go_on(tmp_path: Path) -> None:
         assert recount(store) == []
 
 
-def test_a_wait_tells_nothing_of_others_who_got_its_numbers(pair: tuple[Store, GatedTier]) -> None:
+def test_a_wait_tells_nothing_of_others_who_got_its_numbers(pair: tuple[LocalStore, GatedTier]) -> None:
     store, _ = pair
     saved = save(store, TOKENS, owner="a")
     store.forget(owner="a")
@@ -274,7 +275,7 @@ def test_a_wait_tells_nothing_of_others_who_got_its_numbers(pair: tuple[Store, G
     assert saved.wait() == (type(saved.wait()))(0, 0, 0)
 
 
-def test_a_draft_is_held_while_others_save(pair: tuple[Store, GatedTier]) -> None:
+def test_a_draft_is_held_while_others_save(pair: tuple[LocalStore, GatedTier]) -> None:
     store, _ = pair
     made = drafts(store, NS, SMALL, TOKENS)
     for number in range(2, 300):

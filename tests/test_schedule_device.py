@@ -12,9 +12,9 @@ from devices import MIB, a_store_with_a_device, asked, heat, recount_device, wro
 from gates import PATIENCE, Task, fetches_are_over, only_on_disk
 from queues import counter, jobs, nobody_waits, states
 
-from kvstore import Store
 from kvstore.errors import TierError
 from kvstore.hot import Hot
+from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.residency import Residency
 from kvstore.tensors.streams import Event, ThreadStream
@@ -26,7 +26,7 @@ CHAINS = [ids(seed, 32) for seed in range(1, 12)]  # of one block each; the devi
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     for opened in a_store_with_a_device(tmp_path / "cache"):
         for tokens in CHAINS:
             save(opened, tokens, layout=WIDE)
@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
             at_rest(opened)
 
 
-def uploaded(store: Store, blocks: int = 0) -> None:
+def uploaded(store: LocalStore, blocks: int = 0) -> None:
     """Waits until so many blocks were copied ahead."""
     residency = store._residency
     with residency.lock:
@@ -45,7 +45,7 @@ def uploaded(store: Store, blocks: int = 0) -> None:
         residency.hot.tier._stream("kvstore-upload").record().wait()
 
 
-def at_rest(store: Store) -> None:
+def at_rest(store: LocalStore) -> None:
     """Waits until no copy is under way, or about to be."""
     residency = store._residency
 
@@ -65,12 +65,12 @@ def counted(residency: Residency) -> int:
     return counters.get("uploaded_blocks", 0) + counters.get("failed_uploads", 0)
 
 
-def on_device(store: Store) -> list[bool]:
+def on_device(store: LocalStore) -> list[bool]:
     """Of each chain, whether it is there."""
     return [found(store, tokens, layout=WIDE).tokens_by_tier["device"] == 32 for tokens in CHAINS]
 
 
-def test_the_next_jobs_find_their_blocks_on_the_device(store: Store) -> None:
+def test_the_next_jobs_find_their_blocks_on_the_device(store: LocalStore) -> None:
     store.schedule(jobs(CHAINS[:2], WIDE))
     uploaded(store, 2)
     answers = store.schedule(jobs(CHAINS[:2], WIDE))
@@ -82,7 +82,7 @@ def test_the_next_jobs_find_their_blocks_on_the_device(store: Store) -> None:
     assert counter(store, "uploaded_blocks") == 2
 
 
-def test_from_disk_to_memory_to_the_device(store: Store) -> None:
+def test_from_disk_to_memory_to_the_device(store: LocalStore) -> None:
     only_on_disk(store)
     assert states(store.schedule(jobs(CHAINS[:1], WIDE))) == ["prefetching"]
     fetches_are_over(store)
@@ -96,7 +96,7 @@ def test_from_disk_to_memory_to_the_device(store: Store) -> None:
     load.release()
 
 
-def test_the_nearest_jobs_have_the_room_and_keep_it(store: Store) -> None:
+def test_the_nearest_jobs_have_the_room_and_keep_it(store: LocalStore) -> None:
     for tokens in CHAINS[6:]:
         heat(store, tokens)
     store.schedule(jobs(CHAINS[:6], WIDE))
@@ -113,7 +113,7 @@ def test_the_nearest_jobs_have_the_room_and_keep_it(store: Store) -> None:
     assert on_device(store)[:7] == [False] + [True] * 4 + [False, True]
 
 
-def test_jobs_that_are_there_make_no_room_for_those_behind_them(store: Store) -> None:
+def test_jobs_that_are_there_make_no_room_for_those_behind_them(store: LocalStore) -> None:
     running = [asked(store, tokens) for tokens in CHAINS[6:8]]  # they have two of the five slots
     for _ in range(3):
         store.schedule(jobs(CHAINS[:6], WIDE))
@@ -144,10 +144,10 @@ class Held(DeviceTier):
         return event
 
 
-def held(tokens: Sequence[int]) -> tuple[Store, Held]:
+def held(tokens: Sequence[int]) -> tuple[LocalStore, Held]:
     """A store in memory with an upload of this chain that is held up."""
     tier = Held(MIB)
-    store = Store(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU()))
+    store = LocalStore(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU()))
     save(store, tokens, layout=WIDE, owner="me")
     store.schedule(jobs([tokens], WIDE))
     assert tier.asked.wait(PATIENCE)
@@ -208,7 +208,7 @@ class Failing(NaiveDevice):
 
 def test_a_device_that_takes_nothing_costs_nothing() -> None:
     tier = Failing(2 * MIB)
-    with Store(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU())) as store:
+    with LocalStore(HostTier(8 * MIB), None, LRU(), LRU(), hot=Hot(tier, LRU())) as store:
         save(store, CHAINS[0], layout=WIDE)
         store.schedule(jobs(CHAINS[:1], WIDE))
         uploaded(store, 1)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hypothesis
 import test_state_machine
 from gates import fetches_are_over
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import rule, run_state_machine_as_test
+from hypothesis.stateful import rule
 from queues import nobody_waits
-from test_state_machine import SPACES, tenants, tokens_of_a_chain
+from test_state_machine import SPACES, run, tenants, tokens_of_a_chain
 
 from kvstore import Job
 
@@ -38,12 +36,4 @@ class Machine(test_state_machine.Machine):
 
 
 def test_the_store_is_a_dict_with_hints_too(seed: int) -> None:
-    profile = settings(
-        max_examples=40,
-        stateful_step_count=30,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(hypothesis.seed(seed)(Machine), settings=profile)
+    run(seed, examples=40, steps=30, machine=Machine)

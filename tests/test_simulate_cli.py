@@ -7,28 +7,22 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import Command
+from test_cli import command as any_command
 
-from kvstore import cli
 from kvstore.policies.named import POLICIES
 
 CHAT = [{"role": "user", "content": "hello " * 200}, {"role": "assistant", "content": "hi"}] * 3
 
 
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
+__all__ = ["any_command"]  # a fixture
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,21 +32,10 @@ def tracker() -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(monkeypatch: pytest.MonkeyPatch, any_command: Command) -> Command:
     """Runs `kvstore simulate …` in this process."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["kvstore", "simulate", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-
-    return run
+    return partial(any_command, "simulate")
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pytest
 from blocks import namespace
 
 from kvstore import LayerShape, Layout
+from kvstore.local import LocalStore
 from kvstore.policies.named import POLICIES
 from kvstore.policies.shadow import Shadow
 from kvstore.policy import Clock, EvictionPolicy
 from kvstore.room import KEEP_FREE
-from kvstore.store import Store
 from kvstore.tiers.host import HostTier
 
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "conversation_trace.jsonl"
@@ -70,7 +70,7 @@ class Both:
         slots = self.slots()
         spare = int(MEMORY * KEEP_FREE) // LAYOUT.full_slot_bytes
         self.shadow = Shadow(make(self.clock), slots - spare + mend, spare)
-        self.store = Store(HostTier(MEMORY), None, make(self.clock), make(self.clock))
+        self.store = LocalStore(HostTier(MEMORY), None, make(self.clock), make(self.clock))
         self._tokens: dict[int, bytes] = {}
 
     def clock(self) -> float:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import kvstore
-from kvstore import LayerShape, Layout, Store
+from kvstore import LayerShape, Layout
 from kvstore.files import OsFiles
 from kvstore.index import Index
+from kvstore.local import LocalStore
 from kvstore.match import Match
 from kvstore.residency import Residency
 
@@ -92,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         self.crashes = 0
         self.model = Model()
         self.pins: list[tuple[Match, str, list[int]]] = []
-        self.store: Store | None = None
+        self.store: LocalStore | None = None
 
     @initialize(exact=st.booleans(), disk=st.sampled_from([True, True, False]), portable=st.booleans())
     def begin(self, exact: bool, disk: bool, portable: bool) -> None:
@@ -100,13 +101,13 @@ class Machine(RuleBasedStateMachine):
         self.layout = TINY if exact else BIG
         self.store = self.opened()
 
-    def opened(self) -> Store:
+    def opened(self) -> LocalStore:
         host, disk = ("4MiB", "32MiB") if self.exact else ("1MiB", "6MiB")
         path = self.root / f"cache{self.crashes}" if self.disk else None
         return kvstore.open(path, host=host, disk=disk, files=self.files)
 
     @property
-    def live(self) -> Store:
+    def live(self) -> LocalStore:
         assert self.store is not None
         return self.store
 
@@ -193,7 +194,7 @@ class Machine(RuleBasedStateMachine):
         self.model.owner = found
 
     @staticmethod
-    def blocks_of(store: Store) -> dict[Block, str]:
+    def blocks_of(store: LocalStore) -> dict[Block, str]:
         index, found = store._residency.index, {}
         for number in index.number.values():
             chain = [array("I", index.tokens_of(n)).tolist() for n in index.chain(number)]
@@ -224,7 +225,13 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-def run(seed: int, examples: int, steps: int, phases: Collection[Phase] = tuple(Phase)) -> None:
+def run(
+    seed: int,
+    examples: int,
+    steps: int,
+    phases: Collection[Phase] = tuple(Phase),
+    machine: type[RuleBasedStateMachine] = Machine,
+) -> None:
     profile = settings(
         phases=phases,
         max_examples=examples,
@@ -234,7 +241,7 @@ def run(seed: int, examples: int, steps: int, phases: Collection[Phase] = tuple(
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(hypothesis.seed(seed)(Machine), settings=profile)
+    run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=profile)
 
 
 def test_the_store_is_a_dict(seed: int) -> None:

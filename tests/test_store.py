@@ -11,11 +11,12 @@ import pytest
 from blocks import NS, ODD, SMALL, WIDE, drafts, fill, found, ids, load_all, marks, namespace, recount, save, wrong
 
 import kvstore
-from kvstore import BadInput, Layout, Store
+from kvstore import BadInput, Layout
+from kvstore.local import LocalStore
 
 
 @pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore]:
     """A store in memory, and one with a disk; its accounts must be right at the end."""
     path = tmp_path / "cache" if request.param == "disk" else None
     with kvstore.open(path, host="8MiB", disk="64MiB") as opened:
@@ -26,7 +27,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.mark.parametrize("layout", [SMALL, WIDE, ODD], ids=["small", "wide", "odd"])
-def test_a_match_is_exact_to_the_token(store: Store, layout: Layout) -> None:
+def test_a_match_is_exact_to_the_token(store: LocalStore, layout: Layout) -> None:
     size = layout.block_tokens
     tokens = ids(1, 5 * size + 3)
     save(store, tokens, layout=layout)
@@ -42,14 +43,14 @@ def test_a_match_is_exact_to_the_token(store: Store, layout: Layout) -> None:
         load.release()
 
 
-def test_at_least_one_token_is_left_to_compute(store: Store) -> None:
+def test_at_least_one_token_is_left_to_compute(store: LocalStore) -> None:
     tokens = ids(1, 40)
     save(store, tokens)
     assert [store.match(NS, SMALL, tokens[:n]).tokens for n in (0, 1, 2, 16, 17, 32, 40)] == [0, 0, 1, 15, 16, 31, 39]
     assert found(store, tokens).tokens == 40
 
 
-def test_what_is_stored_is_not_stored_again(store: Store) -> None:
+def test_what_is_stored_is_not_stored_again(store: LocalStore) -> None:
     tokens = ids(1, 64)
     assert save(store, tokens[:32]).new_tokens == 32
     before = store.stats()["tiers"]["host"]["blocks"]
@@ -63,7 +64,7 @@ def test_what_is_stored_is_not_stored_again(store: Store) -> None:
     assert load_all(store, [*tokens, 0]) == 64
 
 
-def test_a_longer_sibling_supersedes_a_partial_tail(store: Store) -> None:
+def test_a_longer_sibling_supersedes_a_partial_tail(store: LocalStore) -> None:
     tokens = ids(1, 60)
     for length in (20, 21, 29, 31, 47, 48, 50):
         save(store, tokens[:length])
@@ -73,7 +74,7 @@ def test_a_longer_sibling_supersedes_a_partial_tail(store: Store) -> None:
     assert store.stats()["counters"]["superseded_blocks"] == 5
 
 
-def test_a_tail_that_a_sibling_covers_is_not_stored(store: Store) -> None:
+def test_a_tail_that_a_sibling_covers_is_not_stored(store: LocalStore) -> None:
     tokens = ids(1, 30)
     save(store, tokens)
     saved = save(store, tokens[:20])
@@ -82,7 +83,7 @@ def test_a_tail_that_a_sibling_covers_is_not_stored(store: Store) -> None:
     assert saved.wait().tokens == (20 if "disk" in store.stats()["tiers"] else 0)
 
 
-def test_siblings_that_part_are_both_kept(store: Store) -> None:
+def test_siblings_that_part_are_both_kept(store: LocalStore) -> None:
     tokens = ids(1, 30)
     forks = [tokens[:20] + ids(n, 9) for n in range(2, 12)]
     for fork in forks:
@@ -91,7 +92,7 @@ def test_siblings_that_part_are_both_kept(store: Store) -> None:
         assert load_all(store, [*fork, 0]) == 29
 
 
-def test_a_save_ends_before_the_first_block_that_nobody_has(store: Store) -> None:
+def test_a_save_ends_before_the_first_block_that_nobody_has(store: LocalStore) -> None:
     tokens = ids(1, 64)
     made = drafts(store, NS, SMALL, tokens)
     made.pop(1).discard()
@@ -100,7 +101,7 @@ def test_a_save_ends_before_the_first_block_that_nobody_has(store: Store) -> Non
     assert store.stats()["drafts"] == 0
 
 
-def test_drafts_that_were_dropped_give_their_room_back(store: Store) -> None:
+def test_drafts_that_were_dropped_give_their_room_back(store: LocalStore) -> None:
     def abandon() -> None:
         held = [store.draft(SMALL) for _ in range(20)]
         assert all(held) and store.stats()["drafts"] == 20
@@ -115,7 +116,7 @@ def test_drafts_that_were_dropped_give_their_room_back(store: Store) -> None:
     assert store.stats()["drafts"] == 0
 
 
-def test_a_draft_that_was_given_away_is_refused(store: Store) -> None:
+def test_a_draft_that_was_given_away_is_refused(store: LocalStore) -> None:
     tokens = ids(1, 32)
     draft = store.draft(SMALL)
     assert draft is not None
@@ -131,7 +132,7 @@ def test_a_draft_that_was_given_away_is_refused(store: Store) -> None:
             store.save(NS, SMALL, tokens, {1: foreign})
 
 
-def test_abandoned_matches_and_loads_leave_no_lease(store: Store) -> None:
+def test_abandoned_matches_and_loads_leave_no_lease(store: LocalStore) -> None:
     tokens = ids(1, 100)
     save(store, tokens)
 
@@ -152,7 +153,7 @@ def test_abandoned_matches_and_loads_leave_no_lease(store: Store) -> None:
     assert store.stats()["leases"] == 0
 
 
-def test_what_a_lease_holds_is_not_evicted(store: Store) -> None:
+def test_what_a_lease_holds_is_not_evicted(store: LocalStore) -> None:
     tokens = ids(1, 160)
     save(store, tokens)
     load = store.load(found(store, tokens))
@@ -164,7 +165,7 @@ def test_what_a_lease_holds_is_not_evicted(store: Store) -> None:
     load.release()
 
 
-def test_a_load_outlives_the_release_of_its_match(store: Store) -> None:
+def test_a_load_outlives_the_release_of_its_match(store: LocalStore) -> None:
     tokens = ids(1, 64)
     save(store, tokens)
     match = found(store, tokens)
@@ -174,7 +175,7 @@ def test_a_load_outlives_the_release_of_its_match(store: Store) -> None:
     load.release()
 
 
-def test_a_match_that_was_released_loads_nothing(store: Store) -> None:
+def test_a_match_that_was_released_loads_nothing(store: LocalStore) -> None:
     tokens = ids(1, 64)
     save(store, tokens)
     match = found(store, tokens)
@@ -183,7 +184,7 @@ def test_a_match_that_was_released_loads_nothing(store: Store) -> None:
     assert (load.tokens, load.good_tokens(), load.wait(0)) == (0, 0, False)
 
 
-def test_a_load_that_was_released_gives_nothing(store: Store) -> None:
+def test_a_load_that_was_released_gives_nothing(store: LocalStore) -> None:
     tokens = ids(1, 64)
     save(store, tokens)
     load = store.load(found(store, tokens))
@@ -192,7 +193,7 @@ def test_a_load_that_was_released_gives_nothing(store: Store) -> None:
     assert load.pieces(0) == [] and load.read_into(memoryview(bytearray(1 << 16))) == 0
 
 
-def test_two_layouts_in_one_namespace_share_nothing(store: Store) -> None:
+def test_two_layouts_in_one_namespace_share_nothing(store: LocalStore) -> None:
     tokens = ids(1, 8)
     twin = Layout(SMALL.layers, SMALL.dtype, block_tokens=32)
     save(store, tokens)
@@ -206,13 +207,13 @@ def test_two_layouts_in_one_namespace_share_nothing(store: Store) -> None:
     assert load_all(store, [*longer, 0], layout=twin) in (0, 38)
 
 
-def test_a_draft_of_another_layout_is_refused(store: Store) -> None:
+def test_a_draft_of_another_layout_is_refused(store: LocalStore) -> None:
     with pytest.raises(BadInput, match="layout"):
         store.save(NS, SMALL, ids(1, 16), drafts(store, NS, WIDE, ids(1, 16)))
 
 
 @pytest.mark.parametrize("bad", [[-1, 2], [2**32, 1], [1.5], ["a"], None, [[1, 2]], b"123", "text", 7])
-def test_ids_that_cannot_be_are_refused(store: Store, bad: object) -> None:
+def test_ids_that_cannot_be_are_refused(store: LocalStore, bad: object) -> None:
     with pytest.raises(BadInput, match="token"):
         store.match(NS, SMALL, bad)
     with pytest.raises(BadInput, match="token"):
@@ -220,18 +221,18 @@ def test_ids_that_cannot_be_are_refused(store: Store, bad: object) -> None:
 
 
 @pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("-inf")])
-def test_a_ttl_that_makes_no_sense_is_refused(store: Store, ttl: float) -> None:
+def test_a_ttl_that_makes_no_sense_is_refused(store: LocalStore, ttl: float) -> None:
     with pytest.raises(BadInput, match="ttl"):
         save(store, ids(1, 16), ttl=ttl)
 
 
-def test_the_extreme_ids_are_served(store: Store) -> None:
+def test_the_extreme_ids_are_served(store: LocalStore) -> None:
     tokens = [0, 2**32 - 1] * 20
     save(store, tokens)
     assert load_all(store, [*tokens, 0]) == 40
 
 
-def test_a_miss_says_why(store: Store) -> None:
+def test_a_miss_says_why(store: LocalStore) -> None:
     tokens = ids(1, 40)
     assert found(store, tokens).miss.kind == "empty"
     save(store, tokens)
@@ -246,7 +247,7 @@ def test_a_miss_says_why(store: Store) -> None:
     assert found(store, tokens, namespace(lora="abc")).miss.field == "lora"
 
 
-def test_nothing_is_shared_across_tenants_and_models(store: Store) -> None:
+def test_nothing_is_shared_across_tenants_and_models(store: LocalStore) -> None:
     tokens = ids(1, 40)
     spaces = [NS, namespace("a"), namespace("b"), namespace("a", checkpoint="other"), namespace(tenant="", x="a")]
     for number, space in enumerate(spaces):
@@ -255,7 +256,7 @@ def test_nothing_is_shared_across_tenants_and_models(store: Store) -> None:
         assert all(load_all(store, [*tokens, 0], other) == 40 for other in spaces[: number + 1])
 
 
-def test_a_chain_lives_for_its_ttl(store: Store) -> None:
+def test_a_chain_lives_for_its_ttl(store: LocalStore) -> None:
     now = [1000.0]
     store._residency.wall = lambda: now[0]
     tokens, other = ids(1, 40), ids(2, 40)
@@ -272,14 +273,14 @@ def test_a_chain_lives_for_its_ttl(store: Store) -> None:
     assert store.stats()["tiers"]["host"]["blocks"] == 0
 
 
-def test_names_that_cannot_be_written_are_refused(store: Store) -> None:
+def test_names_that_cannot_be_written_are_refused(store: LocalStore) -> None:
     with pytest.raises(BadInput, match="tenant"):
         namespace("\ud800")
     with pytest.raises(BadInput, match="owner"):
         save(store, ids(1, 20), owner="\ud800")
 
 
-def test_a_match_of_strangers_leaves_nothing_behind(store: Store) -> None:
+def test_a_match_of_strangers_leaves_nothing_behind(store: LocalStore) -> None:
     before = len(store._residency.index._roots)
     for number in range(20):
         assert store.match(namespace(f"stranger {number}"), SMALL, ids(1, 20)).tokens == 0

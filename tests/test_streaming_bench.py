@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
-from kvstore import BadInput, Store
+from kvstore import BadInput
 from kvstore.adapters.transformers import Reuse
 from kvstore.bench.streaming import __main__ as command
 from kvstore.bench.streaming import model as models
@@ -22,6 +22,7 @@ from kvstore.bench.streaming.perplexity import score
 from kvstore.bench.streaming.sinks import attention_to_first
 from kvstore.bench.train_plans import corpus
 from kvstore.bench.train_plans.arms import Size
+from kvstore.local import LocalStore
 
 TINY = Size(hidden=16, layers=2, heads=2, context=40, batch=2, steps=3, rate=1e-2, held_out=2, evaluations=1)
 TOKENS = 150
@@ -59,7 +60,7 @@ def test_a_trained_model_is_kept(tmp_path: Path, words: models.Begun) -> None:
 
 
 @pytest.fixture
-def ways(tmp_path: Path, words: models.Begun, store: Store) -> Iterator[tuple[Any, dict[str, Arm]]]:
+def ways(tmp_path: Path, words: models.Begun, store: LocalStore) -> Iterator[tuple[Any, dict[str, Arm]]]:
     torch.manual_seed(0)
     model = models.build(TINY, 0).eval()
     for parameter in model.parameters():  # so that what is seen matters

@@ -15,8 +15,9 @@ from blocks import NS, SMALL, WIDE, found, ids, load_all, namespace, recount, sa
 from gates import gated, only_on_disk
 
 import kvstore
-from kvstore import Layout, Store
+from kvstore import Layout
 from kvstore.files import OsFiles
+from kvstore.local import LocalStore
 from kvstore.residency import Residency
 
 SPACES = [NS, namespace("a")]
@@ -25,7 +26,7 @@ SPACES = [NS, namespace("a")]
 class Crowd:
     """Readers and writers over shared chains; ``faults`` is what they saw that must not be."""
 
-    def __init__(self, store: Store, layout: Layout, seed: int, chains: int, blocks: int) -> None:
+    def __init__(self, store: LocalStore, layout: Layout, seed: int, chains: int, blocks: int) -> None:
         self.store, self.layout, self.seed = store, layout, seed
         draw = random.Random(seed)
         size = layout.block_tokens

@@ -10,7 +10,7 @@ from hf_runs import attach, go_on, in_memory, stored_prompt
 
 from kvstore.adapters.transformers import joined
 from kvstore.adapters.transformers.loaded import Loaded
-from kvstore.store import Store
+from kvstore.local import LocalStore
 
 LAYERS = 3
 STORED, MORE = 70, 5
@@ -42,7 +42,7 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> list[Loaded]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "cla"])  # the second has sliding windows
-def test_a_forward_pass_takes_what_was_brought(store: Store, hits: list[Loaded], family: str, seed: int) -> None:
+def test_a_forward_pass_takes_what_was_brought(store: LocalStore, hits: list[Loaded], family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     ids, more = stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)
     hit = reuse.load(torch.cat((ids, more), 1))
@@ -52,7 +52,7 @@ def test_a_forward_pass_takes_what_was_brought(store: Store, hits: list[Loaded],
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_generate_takes_what_was_brought(store: Store, hits: list[Loaded], family: str, seed: int) -> None:
+def test_generate_takes_what_was_brought(store: LocalStore, hits: list[Loaded], family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     ids = torch.cat((stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)), 1)
     hit = reuse.load(ids)
@@ -64,7 +64,7 @@ def test_generate_takes_what_was_brought(store: Store, hits: list[Loaded], famil
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_padded_batch_takes_what_was_brought(store: Store, hits: list[Loaded], family: str, seed: int) -> None:
+def test_a_padded_batch_takes_what_was_brought(store: LocalStore, hits: list[Loaded], family: str, seed: int) -> None:
     _, reuse = attach(family, store)
     rows = [prompt(length, seed + length)[0].tolist() for length in (40, 9, 25)]
     first = reuse.generate(rows, max_new_tokens=4, do_sample=False)
@@ -74,7 +74,7 @@ def test_a_padded_batch_takes_what_was_brought(store: Store, hits: list[Loaded],
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_beams_cost_no_more_than_the_first_layer(store: Store, hits: list[Loaded], family: str, seed: int) -> None:
+def test_beams_cost_no_more_than_the_first_layer(store: LocalStore, hits: list[Loaded], family: str, seed: int) -> None:
     """Nobody can know before the forward pass that there are beams; from its first layer on it is known."""
     model, reuse = attach(family, store)
     ids = torch.cat((stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)), 1)
@@ -85,7 +85,7 @@ def test_beams_cost_no_more_than_the_first_layer(store: Store, hits: list[Loaded
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_prompt_in_pieces_costs_no_more_than_the_first_layer(
-    store: Store, hits: list[Loaded], family: str, seed: int
+    store: LocalStore, hits: list[Loaded], family: str, seed: int
 ) -> None:
     model, reuse = attach(family, store)
     ids, more = stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)
@@ -97,7 +97,7 @@ def test_a_prompt_in_pieces_costs_no_more_than_the_first_layer(
 
 @pytest.mark.parametrize("change", ["crop to nothing", "reset"])
 def test_a_cache_that_forgets_everything_brings_nothing_more(
-    store: Store, hits: list[Loaded], change: str, seed: int
+    store: LocalStore, hits: list[Loaded], change: str, seed: int
 ) -> None:
     model, reuse = attach("llama", store)
     ids = torch.cat((stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)), 1)
@@ -117,7 +117,7 @@ def test_a_cache_that_forgets_everything_brings_nothing_more(
 # -- the figures that say how far ahead -------------------------------------------------------------------------------
 
 
-def test_the_pace_is_measured(store: Store, hits: list[Loaded], seed: int) -> None:
+def test_the_pace_is_measured(store: LocalStore, hits: list[Loaded], seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = stored_prompt(model, reuse, STORED, seed)
     assert reuse._pace._prefill > 0 and reuse._pace._load == 0  # the first prompt loaded nothing
@@ -131,7 +131,9 @@ def test_the_pace_is_measured(store: Store, hits: list[Loaded], seed: int) -> No
     assert 1 <= reuse._pace.depth(STORED, MORE, LAYERS) <= LAYERS
 
 
-def test_a_forward_pass_that_broke_off_says_nothing_of_the_pace(store: Store, hits: list[Loaded], seed: int) -> None:
+def test_a_forward_pass_that_broke_off_says_nothing_of_the_pace(
+    store: LocalStore, hits: list[Loaded], seed: int
+) -> None:
     model, reuse = attach("llama", store)
     ids = stored_prompt(model, reuse, STORED, seed)
     before = reuse._pace._load, reuse._pace._prefill
@@ -147,7 +149,7 @@ def test_a_forward_pass_that_broke_off_says_nothing_of_the_pace(store: Store, hi
     assert (reuse._pace._load, reuse._pace._prefill) == before
 
 
-def test_the_pace_counts_the_tokens_that_were_read(store: Store, hits: list[Loaded], seed: int) -> None:
+def test_the_pace_counts_the_tokens_that_were_read(store: LocalStore, hits: list[Loaded], seed: int) -> None:
     """A prompt that is read in pieces: the first one's time is the first one's."""
     model, reuse = attach("llama", store)
     counted: list[int] = []

@@ -11,8 +11,9 @@ from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 import kvstore
-from kvstore import Store, Unsupported
+from kvstore import Unsupported
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 
 BLOCK = 16
 ROPE = {"rope_theta": 10000.0}
@@ -21,7 +22,7 @@ LONG |= {"original_max_position_embeddings": 64}
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
 
@@ -61,14 +62,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_served_is_refused_with_the_reason(store: Store, case: str) -> None:
+def test_what_cannot_be_served_is_refused_with_the_reason(store: LocalStore, case: str) -> None:
     kind, config, words = REFUSED[case]
     model = made(kind, **config)
     with pytest.raises(Unsupported, match=words):
         Reuse(model, store)
 
 
-def test_chunked_attention_and_llama4_are_refused(store: Store) -> None:
+def test_chunked_attention_and_llama4_are_refused(store: LocalStore) -> None:
     config = transformers.Llama4TextConfig(
         **{**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16}
     )
@@ -76,20 +77,20 @@ def test_chunked_attention_and_llama4_are_refused(store: Store) -> None:
         Reuse(transformers.Llama4ForCausalLM(config).eval(), store)
 
 
-def test_an_encoder_decoder_is_refused(store: Store) -> None:
+def test_an_encoder_decoder_is_refused(store: LocalStore) -> None:
     config = transformers.T5Config(vocab_size=211, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
     with pytest.raises(Unsupported, match="encoder-decoder"):
         Reuse(transformers.T5ForConditionalGeneration(config).eval(), store)
 
 
-def test_a_model_that_looks_ahead_is_refused(store: Store) -> None:
+def test_a_model_that_looks_ahead_is_refused(store: LocalStore) -> None:
     model = build("llama")
     model.config.is_causal = model.get_decoder().config.is_causal = False
     with pytest.raises(Unsupported, match="not causal"):
         Reuse(model, store)
 
 
-def test_a_rotation_that_cannot_be_repeated_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_that_cannot_be_repeated_is_refused(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the bit-for-bit check: a rotary function that gives other bits each time."""
     original, calls = modeling_llama.apply_rotary_pos_emb, [0]
 
@@ -104,7 +105,7 @@ def test_a_rotation_that_cannot_be_repeated_is_refused(store: Store, monkeypatch
 
 
 @pytest.mark.parametrize("option", ["inputs_embeds", "past_key_values", "cache_implementation", "position_ids"])
-def test_generate_refuses_what_it_cannot_serve(store: Store, option: str, seed: int) -> None:
+def test_generate_refuses_what_it_cannot_serve(store: LocalStore, option: str, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     values = {
@@ -117,7 +118,7 @@ def test_generate_refuses_what_it_cannot_serve(store: Store, option: str, seed: 
         reuse.generate(prompt(4, seed), max_new_tokens=2, **{option: values[option]})
 
 
-def test_what_the_families_support(store: Store) -> None:
+def test_what_the_families_support(store: LocalStore) -> None:
     for family in FAMILIES:
         supports = Reuse(build(family), store, block_tokens=BLOCK).supports
         assert supports == {"exact", "shifted", "modular"}, family
@@ -133,7 +134,7 @@ def test_what_the_families_support(store: Store) -> None:
         ("Gemma2", {**GROUPED, "head_dim": 16, "sliding_window": 24}),
     ],
 )
-def test_other_kinds_of_rotation_are_found(store: Store, kind: str, config: dict[str, Any], seed: int) -> None:
+def test_other_kinds_of_rotation_are_found(store: LocalStore, kind: str, config: dict[str, Any], seed: int) -> None:
     model = made(kind, **config)
     reuse = Reuse(model, store, block_tokens=BLOCK)
     ids, more = prompt(41, seed), prompt(9, seed + 1)

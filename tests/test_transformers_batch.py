@@ -6,8 +6,9 @@ import pytest
 import torch
 from hf_models import build, prompt
 
-from kvstore import BadInput, Store, Unsupported
+from kvstore import BadInput, Unsupported
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 
 BLOCK = 16
 NEW = 12
@@ -46,7 +47,7 @@ def alone(model: Any, row: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "neox", "deepseek_v2", "deepseek_v3", "fusedkv"])
-def test_each_row_keeps_its_whole_hit(store: Store, family: str, seed: int) -> None:
+def test_each_row_keeps_its_whole_hit(store: LocalStore, family: str, seed: int) -> None:
     model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = rows_of(seed)
@@ -77,7 +78,7 @@ def check_stored(model: Any, reuse: Any, rows: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
-def test_windows_cut_all_rows_at_one_column(store: Store, family: str, seed: int) -> None:
+def test_windows_cut_all_rows_at_one_column(store: LocalStore, family: str, seed: int) -> None:
     model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = [row[:48] for row in rows_of(seed)]
@@ -95,7 +96,9 @@ def test_windows_cut_all_rows_at_one_column(store: Store, family: str, seed: int
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"num_beams": 2}, {"max_length": 70}])
-def test_generate_gives_the_callers_own_format(store: Store, options: dict[str, Any], side: str, seed: int) -> None:
+def test_generate_gives_the_callers_own_format(
+    store: LocalStore, options: dict[str, Any], side: str, seed: int
+) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = rows_of(seed)
@@ -123,7 +126,7 @@ def pad_mask(out: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.cat((mask, torch.zeros_like(out[:, mask.shape[1] :])), 1)
 
 
-def test_rows_end_at_their_end_of_sequence(store: Store, seed: int) -> None:
+def test_rows_end_at_their_end_of_sequence(store: LocalStore, seed: int) -> None:
     model = build("llama")
     rows = [row[:20] for row in rows_of(seed)]
     firsts = [alone(model, row) for row in rows]
@@ -140,7 +143,7 @@ def test_rows_end_at_their_end_of_sequence(store: Store, seed: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "fusedkv"])
-def test_chunks_of_a_batch_with_different_hits(store: Store, family: str, seed: int) -> None:
+def test_chunks_of_a_batch_with_different_hits(store: LocalStore, family: str, seed: int) -> None:
     model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = rows_of(seed)
@@ -153,7 +156,7 @@ def test_chunks_of_a_batch_with_different_hits(store: Store, family: str, seed: 
     check_stored(model, reuse, rows)
 
 
-def test_lists_of_different_lengths_are_a_batch(store: Store, seed: int) -> None:
+def test_lists_of_different_lengths_are_a_batch(store: LocalStore, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     rows = rows_of(seed)
@@ -164,7 +167,7 @@ def test_lists_of_different_lengths_are_a_batch(store: Store, seed: int) -> None
     assert reuse.load(rows[0]).cached_tokens == len(rows[0]) - 1
 
 
-def test_what_is_no_prompt_is_refused_in_a_sentence(store: Store, seed: int) -> None:
+def test_what_is_no_prompt_is_refused_in_a_sentence(store: LocalStore, seed: int) -> None:
     reuse = Reuse(build("llama"), store, block_tokens=BLOCK)
     ids = prompt(10, seed, rows=2)
     holes = torch.ones_like(ids)

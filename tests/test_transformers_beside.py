@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import kvstore
 from kvstore.adapters.transformers import Reuse, gather
 from kvstore.adapters.transformers.rotation import Form
-from kvstore.store import Store
+from kvstore.local import LocalStore
 from kvstore.tensors.carrier import Carrier
 from kvstore.tensors.streams import ThreadStream
 
@@ -24,7 +24,9 @@ STORED, MORE = 70, 5
 # -- two threads --------------------------------------------------------------------------------------------------
 
 
-def test_a_table_that_grows_meanwhile_is_never_short_afterwards(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_grows_meanwhile_is_never_short_afterwards(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One thread makes something of the shorter table while another makes a longer one: the short one must not stay."""
     _, reuse = attach("llama", store)
     form = reuse._joined.attached.rotations[0].form
@@ -50,7 +52,7 @@ def test_a_table_that_grows_meanwhile_is_never_short_afterwards(store: Store, mo
 
 
 @pytest.mark.parametrize("threads", [3])
-def test_tables_that_grow_while_others_read_them(store: Store, threads: int) -> None:
+def test_tables_that_grow_while_others_read_them(store: LocalStore, threads: int) -> None:
     _, reuse = attach("llama", store)
     form = reuse._joined.attached.rotations[0].form
     assert form is not None
@@ -75,7 +77,7 @@ def test_tables_that_grow_while_others_read_them(store: Store, threads: int) -> 
 
 @pytest.mark.parametrize("error", [MemoryError, OSError, torch.OutOfMemoryError])
 def test_no_memory_for_a_layer_never_reaches_the_model(
-    store: Store, monkeypatch: pytest.MonkeyPatch, error: type[Exception], seed: int
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, error: type[Exception], seed: int
 ) -> None:
     model, reuse = attach("llama", store)
     ids, more = stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)
@@ -106,7 +108,7 @@ def test_a_store_that_closes_between_tokens_never_reaches_the_model(seed: int) -
     assert torch.allclose(got[:, -1], expected[:, -1], atol=1e-3) and torch.equal(tokens, same)
 
 
-def test_patience_begins_with_the_forward_pass(store: Store, seed: int) -> None:
+def test_patience_begins_with_the_forward_pass(store: LocalStore, seed: int) -> None:
     """However long a hit lies about, waiting for layers is for whoever computes."""
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK, patience=0.0)

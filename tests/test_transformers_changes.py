@@ -14,8 +14,8 @@ from hf_runs import go_on, leases_left
 from transformers import DynamicCache
 
 import kvstore
-from kvstore import Store
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 
 BLOCK = 16
 
@@ -62,7 +62,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_misses_and_is_not_saved(store: Store, change: str, seed: int) -> None:
+def test_a_changed_model_misses_and_is_not_saved(store: LocalStore, change: str, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     ids = prompt(40, seed)
@@ -94,7 +94,7 @@ def test_a_changed_model_misses_and_is_not_saved(store: Store, change: str, seed
         assert hit.miss.field == ("rope" if change == "buffer" else "weights")
 
 
-def test_a_hit_from_before_a_refresh_is_not_saved(store: Store, seed: int) -> None:
+def test_a_hit_from_before_a_refresh_is_not_saved(store: LocalStore, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     ids = prompt(40, seed)
@@ -105,7 +105,7 @@ def test_a_hit_from_before_a_refresh_is_not_saved(store: Store, seed: int) -> No
     assert reuse.load(ids).cached_tokens == 0
 
 
-def test_an_unchanged_model_is_not_called_changed(store: Store, seed: int) -> None:
+def test_an_unchanged_model_is_not_called_changed(store: LocalStore, seed: int) -> None:
     """Negative control: training mode, gradients, hooks and a forward pass are no change."""
     model = build("gemma3")
     reuse = Reuse(model, store, block_tokens=BLOCK)
@@ -119,7 +119,7 @@ def test_an_unchanged_model_is_not_called_changed(store: Store, seed: int) -> No
     assert reuse.load(ids).cached_tokens == 39
 
 
-def test_adapters_have_their_own_keys(store: Store, seed: int) -> None:
+def test_adapters_have_their_own_keys(store: LocalStore, seed: int) -> None:
     base = build("llama")
     plain_reuse = Reuse(base, store, block_tokens=BLOCK)
     ids = prompt(40, seed)
@@ -152,7 +152,7 @@ def test_adapters_have_their_own_keys(store: Store, seed: int) -> None:
     assert reuse.save(out, hit.cache).refused
 
 
-def test_two_models_at_once_share_nothing(store: Store, seed: int) -> None:
+def test_two_models_at_once_share_nothing(store: LocalStore, seed: int) -> None:
     """Same architecture, same module globals, other weights; used in turns and in two threads."""
     models = [build("llama", seed=1), build("llama", seed=2), build("gemma3", seed=3)]
     reuses = [Reuse(model, store, block_tokens=BLOCK) for model in models]
@@ -187,7 +187,7 @@ def test_two_models_at_once_share_nothing(store: Store, seed: int) -> None:
     assert reuses[1].save(ids, crossed.cache).new_tokens == 0
 
 
-def test_a_thousand_abandoned_hits_leave_nothing(store: Store, seed: int) -> None:
+def test_a_thousand_abandoned_hits_leave_nothing(store: LocalStore, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     ids = prompt(40, seed)
@@ -208,7 +208,7 @@ def test_a_thousand_abandoned_hits_leave_nothing(store: Store, seed: int) -> Non
         gc.enable()
 
 
-def test_a_dropped_reuse_leaves_the_model_as_it_was(store: Store, seed: int) -> None:
+def test_a_dropped_reuse_leaves_the_model_as_it_was(store: LocalStore, seed: int) -> None:
     model = build("llama").train()
     module = type(model.get_decoder().layers[0].self_attn).forward.__globals__
     original = module["apply_rotary_pos_emb"]

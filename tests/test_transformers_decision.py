@@ -12,8 +12,9 @@ from gates import MIB, fetches_are_over, gated, only_on_disk
 from hf_models import build, prompt
 from hf_runs import BLOCK, go_on, in_memory, leases_left
 
-from kvstore import BadInput, Store
+from kvstore import BadInput
 from kvstore.adapters.transformers import Reuse, choice
+from kvstore.local import LocalStore
 from kvstore.policies.cost import ENOUGH
 
 STORED, MORE = 70, 9
@@ -21,7 +22,7 @@ LAYERS = 3
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     with gated(tmp_path / "cache", host=16 * MIB) as (opened, _):
         yield opened
         fetches_are_over(opened)
@@ -29,7 +30,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         assert opened.stats()["drafts"] == 0
 
 
-def joined(store: Store, family: str = "llama", **options: Any) -> tuple[Any, Any]:
+def joined(store: LocalStore, family: str = "llama", **options: Any) -> tuple[Any, Any]:
     """A model and its reuse, which has seen no forward pass yet."""
     model = build(family)
     return model, Reuse(model, store, block_tokens=BLOCK, **options)
@@ -43,13 +44,13 @@ def know_model(reuse: Any, base: float = 1e-3, token: float = 1e-4) -> None:
                 reuse._pace._costs.prefill.took(1, new, cached, base + token * new)
 
 
-def know_disk(store: Store, rate: float, kind: Any = "read") -> None:
+def know_disk(store: LocalStore, rate: float, kind: Any = "read") -> None:
     """As if the disk had moved so many bytes a second."""
     for size in (ENOUGH, ENOUGH // 100, ENOUGH // 10_000) * 8:
         store._mover.rates._speeds[kind].moved(size, size / rate)
 
 
-def stored(store: Store, model: Any, reuse: Any, seed: int, tokens: int = STORED) -> torch.Tensor:
+def stored(store: LocalStore, model: Any, reuse: Any, seed: int, tokens: int = STORED) -> torch.Tensor:
     """A prompt that is only on disk."""
     ids = prompt(tokens, seed)
     hit = reuse.load(ids)
@@ -74,7 +75,7 @@ def asked(model: Any, reuse: Any, ids: torch.Tensor, seed: int) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v3", "fusedkv"])
-def test_what_would_come_too_slowly_is_computed_again(store: Store, family: str, seed: int) -> None:
+def test_what_would_come_too_slowly_is_computed_again(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = joined(store, family)
     ids = stored(store, model, reuse, seed)
     know_model(reuse)
@@ -92,7 +93,7 @@ def test_what_would_come_too_slowly_is_computed_again(store: Store, family: str,
         assert torch.equal(logits, model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits)
 
 
-def test_what_was_computed_again_is_in_memory_from_then_on(store: Store, seed: int) -> None:
+def test_what_was_computed_again_is_in_memory_from_then_on(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     ids = stored(store, model, reuse, seed)
     know_model(reuse)
@@ -119,7 +120,7 @@ def test_what_was_computed_again_is_in_memory_from_then_on(store: Store, seed: i
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "neox"])
-def test_some_is_loaded_and_the_rest_computed_beside_it(store: Store, family: str, seed: int) -> None:
+def test_some_is_loaded_and_the_rest_computed_beside_it(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = joined(store, family)
     ids = stored(store, model, reuse, seed)
     store._mover.rates.part_bytes = 1  # so that layers come one by one
@@ -145,7 +146,7 @@ def test_some_is_loaded_and_the_rest_computed_beside_it(store: Store, family: st
     assert torch.allclose(logits, in_memory(model, whole, more), atol=1e-3)
 
 
-def test_rows_of_a_batch_are_cut_together(store: Store, seed: int) -> None:
+def test_rows_of_a_batch_are_cut_together(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     first = stored(store, model, reuse, seed)[0].tolist()
     second = stored(store, model, reuse, seed + 1, 40)[0].tolist()
@@ -175,7 +176,7 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 # -- everything is loaded ---------------------------------------------------------------------------------------------
 
 
-def test_who_always_wants_what_is_cached_gets_it(store: Store, seed: int) -> None:
+def test_who_always_wants_what_is_cached_gets_it(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store, decide="always")
     ids = stored(store, model, reuse, seed)
     know_model(reuse)
@@ -187,7 +188,7 @@ def test_who_always_wants_what_is_cached_gets_it(store: Store, seed: int) -> Non
         Reuse(model, store, decide="never")
 
 
-def test_without_measurements_everything_is_loaded(store: Store, seed: int) -> None:
+def test_without_measurements_everything_is_loaded(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     assert not reuse._pace._costs.prefill.known  # the attach test is no measurement
     fresh = reuse.load(prompt(STORED, seed))
@@ -210,7 +211,7 @@ def test_without_measurements_everything_is_loaded(store: Store, seed: int) -> N
     assert hit.cached_tokens == 0
 
 
-def test_where_a_moment_is_all_that_can_be_won_everything_is_loaded(store: Store, seed: int) -> None:
+def test_where_a_moment_is_all_that_can_be_won_everything_is_loaded(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     ids = stored(store, model, reuse, seed)
     know_model(reuse, base=1e-5, token=1e-6)
@@ -224,7 +225,9 @@ def test_where_a_moment_is_all_that_can_be_won_everything_is_loaded(store: Store
 # -- a disk that is not what it was -----------------------------------------------------------------------------------
 
 
-def test_a_load_whose_first_layer_is_late_is_given_up(store: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_whose_first_layer_is_late_is_given_up(
+    store: LocalStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, reuse = joined(store)
     ids = stored(store, model, reuse, seed)
     store._mover.rates.part_bytes = 1
@@ -249,7 +252,7 @@ def test_a_load_whose_first_layer_is_late_is_given_up(store: Store, seed: int, m
     assert saved.tokens == STORED + MORE
 
 
-def test_a_load_is_not_waited_for_longer_than_computing_takes(store: Store, seed: int) -> None:
+def test_a_load_is_not_waited_for_longer_than_computing_takes(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     ids = stored(store, model, reuse, seed)
     know_model(reuse)
@@ -267,7 +270,7 @@ def test_a_load_is_not_waited_for_longer_than_computing_takes(store: Store, seed
     assert 0 < hit.cached_tokens < STORED
 
 
-def test_passes_and_loads_are_measured(store: Store, seed: int) -> None:
+def test_passes_and_loads_are_measured(store: LocalStore, seed: int) -> None:
     model, reuse = joined(store)
     for number in range(3):
         hit = reuse.load(prompt(30 + number, seed + number))

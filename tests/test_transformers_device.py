@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import kvstore
 from kvstore.adapters.transformers import Reuse
-from kvstore.store import Store
+from kvstore.local import LocalStore
 from kvstore.tensors import carrier
 from kvstore.tensors.carrier import Carrier, groups
 
@@ -20,7 +20,7 @@ CASES += [("deepseek_v2", "bfloat16"), ("fusedkv", "float32")]
 
 
 @pytest.fixture(params=["64MiB", None], ids=["with a tier", "without"])
-def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest) -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB", device=request.param, device_name="cpu") as store:
         yield store
         assert leases_left(store) == 0
@@ -33,7 +33,7 @@ def streams() -> Iterator[Carrier]:
     streams.close()
 
 
-def by_way_of(streams: Carrier, model: Any, store: Store) -> Reuse:
+def by_way_of(streams: Carrier, model: Any, store: LocalStore) -> Reuse:
     """A model whose loads go by way of the device."""
     reuse = Reuse(model, store, block_tokens=BLOCK)
     reuse._joined.carrier = streams
@@ -42,7 +42,7 @@ def by_way_of(streams: Carrier, model: Any, store: Store) -> Reuse:
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_going_on_gives_the_bits_of_going_on_in_memory(
-    store: Store, streams: Carrier, family: str, dtype: str, seed: int
+    store: LocalStore, streams: Carrier, family: str, dtype: str, seed: int
 ) -> None:
     model = build(family, dtype)
     reuse = by_way_of(streams, model, store)
@@ -74,7 +74,7 @@ def test_what_was_loaded_stays_on_the_device(streams: Carrier, seed: int) -> Non
         assert reuse.load(ids).cached_tokens == 0
 
 
-def test_rows_of_a_batch(store: Store, streams: Carrier, seed: int) -> None:
+def test_rows_of_a_batch(store: LocalStore, streams: Carrier, seed: int) -> None:
     model = build("llama")
     reuse, plain = by_way_of(streams, model, store), Reuse(model, store, block_tokens=BLOCK)
     rows = [prompt(length, seed + length)[0].tolist() for length in (40, 9, 25)]
@@ -85,7 +85,7 @@ def test_rows_of_a_batch(store: Store, streams: Carrier, seed: int) -> None:
     assert torch.equal(reuse.generate(rows[0], **beams), plain.generate(rows[0], **beams))
 
 
-def test_a_hit_that_is_dropped_half_way_leaves_nothing_behind(store: Store, streams: Carrier, seed: int) -> None:
+def test_a_hit_that_is_dropped_half_way_leaves_nothing_behind(store: LocalStore, streams: Carrier, seed: int) -> None:
     model = build("llama")
     reuse = by_way_of(streams, model, store)
     ids = stored_prompt(model, reuse, 100, seed)

@@ -13,8 +13,9 @@ from hf_runs import BLOCK, CASES, FIRST, SECOND, first_turn, go_on, second_turn
 from safetensors.torch import load_file
 
 import kvstore
-from kvstore import Namespace, Store
+from kvstore import Namespace
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 
 FAULTS = ("one position off", "a block of another prompt", "a block of noise")
 
@@ -29,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="64MiB") as store:
         yield store
 
@@ -55,7 +56,7 @@ def test_a_new_process_goes_on_from_disk_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_planted_faults_change_logits_and_tokens(store: Store, family: str, fault: str, seed: int) -> None:
+def test_planted_faults_change_logits_and_tokens(store: LocalStore, family: str, fault: str, seed: int) -> None:
     """The negative control of the test above: the same comparison, on stored keys that are a little wrong."""
     model = build(family)
     reuse = Reuse(model, store, block_tokens=BLOCK)
@@ -121,7 +122,7 @@ def states_of(family: str, spec: Any, output: torch.Tensor, values: bool) -> tor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_bytes_are_what_the_projection_gave(
-    store: Store, family: str, dtype: str, attention: str, seed: int
+    store: LocalStore, family: str, dtype: str, attention: str, seed: int
 ) -> None:
     model = build(family, dtype, attention)
     reuse = Reuse(model, store, block_tokens=BLOCK)

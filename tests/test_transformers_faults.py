@@ -10,8 +10,8 @@ from hf_runs import go_on, leases_left
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvstore
-from kvstore import Store
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 
 BLOCK = 16
 LAYERS = 3
@@ -33,7 +33,7 @@ class LateLoad:
 class LateStore:
     """A store whose loads are late from ``layer`` on."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: LocalStore) -> None:
         self._store = store
         self.layer: int | None = None
 
@@ -47,7 +47,7 @@ class LateStore:
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("family", ["llama", "gemma3", "neox", "deepseek_v3", "cla", "fusedkv"])
-def test_a_layer_that_is_late_is_computed_again(store: Store, family: str, layer: int, seed: int) -> None:
+def test_a_layer_that_is_late_is_computed_again(store: LocalStore, family: str, layer: int, seed: int) -> None:
     model, late = build(family), LateStore(store)
     reuse = Reuse(model, late, block_tokens=BLOCK)  # type: ignore[arg-type]
     ids, more = prompt(45, seed), prompt(7, seed + 1)
@@ -71,7 +71,7 @@ def test_a_layer_that_is_late_is_computed_again(store: Store, family: str, layer
     assert "computed again" in str(hit.cache.recorder.rows[0].ended)
 
 
-def test_a_batch_with_a_late_layer(store: Store, seed: int) -> None:
+def test_a_batch_with_a_late_layer(store: LocalStore, seed: int) -> None:
     model, late = build("llama"), LateStore(store)
     reuse = Reuse(model, late, block_tokens=BLOCK)  # type: ignore[arg-type]
     rows = [prompt(length, seed + length)[0].tolist() for length in (40, 9, 25)]
@@ -186,7 +186,7 @@ def test_memory_that_ends_behind_the_tail_leaves_a_whole_tail(seed: int) -> None
         assert torch.allclose(got, expected, atol=1e-3)
 
 
-def test_an_interrupted_forward_pass_is_not_recorded(store: Store, seed: int) -> None:
+def test_an_interrupted_forward_pass_is_not_recorded(store: LocalStore, seed: int) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=BLOCK)
     ids = prompt(20, seed)

@@ -15,7 +15,7 @@ from kvstore.adapters.transformers import Reuse
 from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.form import find_form
 from kvstore.adapters.transformers.rotation import Rotation
-from kvstore.store import Store
+from kvstore.local import LocalStore
 from kvstore.tensors.rope import HALF, INTERLEAVED
 from kvstore.tensors.runs import Target
 from kvstore.tensors.transfer import transfer
@@ -34,7 +34,7 @@ ALL_DTYPES = {**DTYPES, "float16": torch.float16}
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="16MiB") as store:
         yield store
 
@@ -62,7 +62,7 @@ def placed(rotation: Rotation, originals: torch.Tensor, position: int) -> torch.
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_every_layer_at_every_shift(store: Store, family: str, dtype: str, seed: int) -> None:
+def test_every_layer_at_every_shift(store: LocalStore, family: str, dtype: str, seed: int) -> None:
     reuse = Reuse(a_model(family, dtype), store, block_tokens=16)
     source = torch.Generator().manual_seed(seed)
     for rotation, spec in zip(reuse._joined.attached.rotations, reuse._joined.attached.specs, strict=True):
@@ -89,7 +89,7 @@ class Watching(DynamicCache):  # type: ignore[misc]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_first_layer_of_a_prompt_that_was_shifted(store: Store, family: str, dtype: str, seed: int) -> None:
+def test_the_first_layer_of_a_prompt_that_was_shifted(store: LocalStore, family: str, dtype: str, seed: int) -> None:
     """Layer 0 sees no attention, so its keys at other positions are what the model itself makes there."""
     model = a_model(family, dtype)
     reuse = Reuse(model, store, block_tokens=16)
@@ -116,7 +116,7 @@ def test_the_first_layer_of_a_prompt_that_was_shifted(store: Store, family: str,
         assert torch.equal(placed(rotation, originals, shift), keys[shift][:, :16]), shift
 
 
-def test_forms_that_are_found(store: Store) -> None:
+def test_forms_that_are_found(store: LocalStore) -> None:
     found = {}
     for family in ("llama", "phi3", "neox", "glm", "cohere", "olmo2", "deepseek_v2"):
         form = Reuse(a_model(family, "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0].form
@@ -133,7 +133,7 @@ def test_forms_that_are_found(store: Store) -> None:
     }
 
 
-def test_a_rotation_of_another_arithmetic_has_no_form(store: Store) -> None:
+def test_a_rotation_of_another_arithmetic_has_no_form(store: LocalStore) -> None:
     """The model's function is the judge: one last bit of difference, and keys go through the function itself."""
     rotation = Reuse(a_model("llama", "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0]
     function = rotation.function

@@ -10,7 +10,7 @@ from hf_runs import attach, stored_prompt
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvstore import Store
+from kvstore.local import LocalStore
 
 FAMILIES = ["llama", "gemma3"]
 PAIRS = [(family, mode) for family in ("deepseek_v2", "fusedkv") for mode in ("chunked", "beam", "lookup")]
@@ -49,7 +49,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("family", "mode"), [*product(FAMILIES, MODES), *PAIRS])
-def test_modes_give_the_same_tokens(store: Store, family: str, mode: str, seed: int) -> None:
+def test_modes_give_the_same_tokens(store: LocalStore, family: str, mode: str, seed: int) -> None:
     model, reuse = attach(family, store)
     first = stored_prompt(model, reuse, 45, seed)
     ids = torch.cat((first, prompt(19, seed + 1)), 1)
@@ -67,7 +67,7 @@ def test_modes_give_the_same_tokens(store: Store, family: str, mode: str, seed: 
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_sampling_draws_the_same_tokens(store: Store, sequences: int, seed: int) -> None:
+def test_sampling_draws_the_same_tokens(store: LocalStore, sequences: int, seed: int) -> None:
     model, reuse = attach("llama", store)
     first = stored_prompt(model, reuse, 30, seed)
     ids = torch.cat((first, prompt(9, seed + 1)), 1)
@@ -82,7 +82,7 @@ def test_sampling_draws_the_same_tokens(store: Store, sequences: int, seed: int)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3", "cla"])
-def test_an_assistant_and_its_rejected_tokens(store: Store, family: str, seed: int) -> None:
+def test_an_assistant_and_its_rejected_tokens(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     assistant = build(family, seed=0)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_an_assistant_and_its_rejected_tokens(store: Store, family: str, seed: i
         assert torch.allclose(logits, model(more).logits[:, hit.cached_tokens :], atol=1e-3)
 
 
-def test_a_streamer_sees_the_same(store: Store, seed: int) -> None:
+def test_a_streamer_sees_the_same(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = stored_prompt(model, reuse, 33, seed)
     mine, theirs = Collecting(), Collecting()
@@ -113,7 +113,7 @@ def test_a_streamer_sees_the_same(store: Store, seed: int) -> None:
     assert mine.ended
 
 
-def test_the_result_object_of_generate_works_as_well(store: Store, seed: int) -> None:
+def test_the_result_object_of_generate_works_as_well(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(40, seed)
     out = reuse.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_scores=True)
@@ -127,7 +127,7 @@ def test_the_result_object_of_generate_works_as_well(store: Store, seed: int) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_that_is_cached_whole_leaves_one_token(store: Store, family: str, seed: int) -> None:
+def test_a_prompt_that_is_cached_whole_leaves_one_token(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     ids = stored_prompt(model, reuse, 48, seed)
     hit = reuse.load(ids)
@@ -138,7 +138,7 @@ def test_a_prompt_that_is_cached_whole_leaves_one_token(store: Store, family: st
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2", "fusedkv"])
-def test_the_whole_prompt_given_again_is_read_once(store: Store, family: str, seed: int) -> None:
+def test_the_whole_prompt_given_again_is_read_once(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     ids = torch.cat((stored_prompt(model, reuse, 40, seed), prompt(7, seed + 1)), 1)
     with torch.no_grad():
@@ -154,7 +154,7 @@ CROPPED += [(family, read) for family in ("deepseek_v2", "fusedkv") for read in 
 
 
 @pytest.mark.parametrize(("family", "read"), CROPPED)
-def test_crop_before_and_after_the_layers_are_read(store: Store, family: str, read: bool, seed: int) -> None:
+def test_crop_before_and_after_the_layers_are_read(store: LocalStore, family: str, read: bool, seed: int) -> None:
     model, reuse = attach(family, store)
     ids = stored_prompt(model, reuse, 40, seed)
     hit = reuse.load(torch.cat((ids, prompt(3, seed + 1)), 1))
@@ -179,7 +179,7 @@ def test_crop_before_and_after_the_layers_are_read(store: Store, family: str, re
     assert torch.allclose(logits, expected, atol=1e-3)
 
 
-def test_a_plain_loop_over_several_turns(store: Store, seed: int) -> None:
+def test_a_plain_loop_over_several_turns(store: LocalStore, seed: int) -> None:
     model, reuse = attach("qwen3", store)
     history, memory, seen = prompt(20, seed), DynamicCache(config=model.config), 0
     with torch.no_grad():

@@ -10,11 +10,12 @@ from hf_runs import attach, in_memory, stored_prompt
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from kvstore import Store, Unsupported
+from kvstore import Unsupported
 from kvstore.adapters.transformers import Reuse
 from kvstore.adapters.transformers.form import find_form, is_steady
 from kvstore.adapters.transformers.rotation import Rotation
 from kvstore.layout import LayerShape
+from kvstore.local import LocalStore
 
 FAMILIES = {"deepseek_v2": 16, "deepseek_v3": 8}  # with the dims that turn
 STORED, MORE = 45, 7
@@ -29,7 +30,7 @@ def memory_of(model: Any, ids: torch.Tensor) -> DynamicCache:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_part_that_turns_is_stored_as_keys(store: Store, family: str) -> None:
+def test_the_part_that_turns_is_stored_as_keys(store: LocalStore, family: str) -> None:
     _, reuse = attach(family, store)
     assert reuse.layout.layers == (LayerShape(heads=1, key_dim=FAMILIES[family], value_dim=32),) * 3
     assert all(spec.swapped for spec in reuse._joined.attached.specs)
@@ -37,7 +38,7 @@ def test_the_part_that_turns_is_stored_as_keys(store: Store, family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cache_holds_what_the_models_own_would(store: Store, family: str, seed: int) -> None:
+def test_the_cache_holds_what_the_models_own_would(store: LocalStore, family: str, seed: int) -> None:
     """Latents as keys, turned parts as values; whole, cropped, repeated, reordered, copied."""
     model, reuse = attach(family, store)
     ids = stored_prompt(model, reuse, STORED, seed)
@@ -59,7 +60,7 @@ def test_the_cache_holds_what_the_models_own_would(store: Store, family: str, se
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_holes_in_front_of_shorter_rows(store: Store, family: str, seed: int) -> None:
+def test_holes_in_front_of_shorter_rows(store: LocalStore, family: str, seed: int) -> None:
     """Rows are turned from their own position 0 on, wherever their columns begin."""
     model, reuse = attach(family, store)
     rows = [stored_prompt(model, reuse, length, seed + length)[0].tolist() for length in (40, 9)]
@@ -74,7 +75,7 @@ def test_holes_in_front_of_shorter_rows(store: Store, family: str, seed: int) ->
 
 
 def test_a_rotation_that_depends_on_what_else_is_turned_is_refused(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = modeling_llama.apply_rotary_pos_emb
 
@@ -92,7 +93,7 @@ def test_a_rotation_that_depends_on_what_else_is_turned_is_refused(
         Reuse(build("llama"), store)
 
 
-def test_a_complex_product_of_another_arithmetic_has_no_form(store: Store) -> None:
+def test_a_complex_product_of_another_arithmetic_has_no_form(store: LocalStore) -> None:
     """In bfloat16 a product that is fused looks like one that is not, nearly always; its float32 bits tell."""
     rotation = Reuse(build("deepseek_v2", "bfloat16"), store, block_tokens=16)._joined.attached.rotations[0]
 

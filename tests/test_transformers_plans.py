@@ -9,13 +9,14 @@ from hf_models import GROUPED, build, prompt
 from hf_runs import BLOCK, in_memory, stored_prompt
 from transformers import DynamicCache
 
-from kvstore import Store, Unsupported
+from kvstore import Unsupported
 from kvstore.adapters.fusedkv import FusedKVConfig, FusedKVForCausalLM
 from kvstore.adapters.fusedkv import attention as fused_attention
 from kvstore.adapters.transformers import Reuse
 from kvstore.adapters.transformers.capture import NEAREST
 from kvstore.adapters.transformers.recompute import nested_prefill
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.local import LocalStore
 from kvstore.plan import PLANS, read
 
 LAYERS = 5
@@ -37,7 +38,7 @@ def model_of(plan: Any, **config: Any) -> Any:
         return FusedKVForCausalLM(made).eval()
 
 
-def attached(plan: Any, store: Store, **config: Any) -> tuple[Any, Reuse]:
+def attached(plan: Any, store: LocalStore, **config: Any) -> tuple[Any, Reuse]:
     model = model_of(plan, **config)
     return model, Reuse(model, store, block_tokens=BLOCK)
 
@@ -47,7 +48,7 @@ def named(layers: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("plan", [*PLANS, CUSTOM], ids=lambda plan: plan if isinstance(plan, str) else "custom")
-def test_every_plan_goes_on_bit_for_bit(store: Store, plan: Any, seed: int) -> None:
+def test_every_plan_goes_on_bit_for_bit(store: LocalStore, plan: Any, seed: int) -> None:
     model, reuse = attached(plan, store)
     assert reuse.plan == read(plan, LAYERS)
     assert len(reuse.layout.layers) == len(reuse.plan.stored)
@@ -63,7 +64,7 @@ def test_every_plan_goes_on_bit_for_bit(store: Store, plan: Any, seed: int) -> N
     assert reuse.save(torch.cat((ids, more), 1), hit.cache).tokens == STORED + MORE
 
 
-def test_a_copy_of_the_cache_has_the_same_layers(store: Store, seed: int) -> None:
+def test_a_copy_of_the_cache_has_the_same_layers(store: LocalStore, seed: int) -> None:
     model, reuse = attached("cla", store)
     ids, more = stored_prompt(model, reuse, STORED, seed), prompt(MORE, seed + 1)
     hit = reuse.load(torch.cat((ids, more), 1))
@@ -77,7 +78,7 @@ def test_a_copy_of_the_cache_has_the_same_layers(store: Store, seed: int) -> Non
 
 
 @pytest.mark.parametrize("plan", ["yoco", "cla"])
-def test_computing_again_leaves_early(store: Store, plan: str, seed: int) -> None:
+def test_computing_again_leaves_early(store: LocalStore, plan: str, seed: int) -> None:
     model, reuse = attached(plan, store)
     ids = stored_prompt(model, reuse, STORED, seed)
     hit = reuse.load(torch.cat((ids, ids[:, :1]), 1))
@@ -101,7 +102,7 @@ def test_computing_again_leaves_early(store: Store, plan: str, seed: int) -> Non
 
 @pytest.mark.parametrize("plan", ["cla", "yoco", CUSTOM], ids=["cla", "yoco", "custom"])
 def test_queries_that_are_heard_are_not_kept(
-    store: Store, monkeypatch: pytest.MonkeyPatch, plan: Any, seed: int
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, plan: Any, seed: int
 ) -> None:
     """A model that rotates the queries of rebuilt layers by the function that rotates keys."""
     rotary = "apply_rotary_pos_emb"  # looked up at each call, because it is wrapped later
@@ -123,14 +124,14 @@ def test_queries_that_are_heard_are_not_kept(
     assert set(kept) == {0}  # nothing above the last stored layer
 
 
-def test_plans_that_are_the_same_share_and_others_do_not(store: Store) -> None:
+def test_plans_that_are_the_same_share_and_others_do_not(store: LocalStore) -> None:
     listed = [read("cla", LAYERS).to_list(), read("yoco", LAYERS).to_list()]
     prints = [attached(plan, store)[1].fingerprint for plan in ("cla", listed[0], "yoco", listed[1])]
     assert prints[0].digest == prints[1].digest and prints[2].digest == prints[3].digest
     assert "layer_plan" in prints[0].differs(prints[2])
 
 
-def test_a_configuration_that_contradicts_itself_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_that_contradicts_itself_is_refused(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("cla")
     given: list[Any] = [None, [None] * LAYERS, [None, None, None, "reuse", "reuse"]]
     for modes in given:
@@ -139,14 +140,14 @@ def test_a_configuration_that_contradicts_itself_is_refused(store: Store, monkey
             Reuse(model, store)
 
 
-def test_layers_that_share_without_a_plan_are_refused(store: Store) -> None:
+def test_layers_that_share_without_a_plan_are_refused(store: LocalStore) -> None:
     model = build("llama")
     model.config.kv_sharing_modes = [None, "store", "reuse"]
     with pytest.raises(Unsupported, match="share keys and values cannot be served yet"):
         Reuse(model, store)
 
 
-def test_windows_with_a_plan_are_refused(store: Store) -> None:
+def test_windows_with_a_plan_are_refused(store: LocalStore) -> None:
     model = model_of("cla")
     model.config.layer_types = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     model.config.sliding_window = 24
@@ -154,7 +155,9 @@ def test_windows_with_a_plan_are_refused(store: Store) -> None:
         Reuse(model, store)
 
 
-def test_a_layer_that_uses_the_cache_against_the_plan_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_uses_the_cache_against_the_plan_is_refused(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control of the attach test: the plan says that a layer is stored, and the model gives it nowhere."""
     model = model_of("cla")
     monkeypatch.setattr(type(model.model.layers[2]), "number", property(lambda _: 0), raising=False)

@@ -5,13 +5,14 @@ import torch
 from hf_models import prompt
 from hf_runs import attach
 
-from kvstore import BadInput, Store
+from kvstore import BadInput
+from kvstore.local import LocalStore
 
 FAMILIES = ["llama", "gemma3", "deepseek_v2", "deepseek_v3", "fusedkv"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_cache_over_several_turns_is_saved_each_time(store: Store, family: str, seed: int) -> None:
+def test_one_cache_over_several_turns_is_saved_each_time(store: LocalStore, family: str, seed: int) -> None:
     model, reuse = attach(family, store)
     history = prompt(20, seed)
     hit = reuse.load(history)
@@ -30,7 +31,7 @@ def test_one_cache_over_several_turns_is_saved_each_time(store: Store, family: s
     assert torch.allclose(got, expected, atol=1e-3)
 
 
-def test_gradients_and_inference_mode_record_the_same(store: Store, seed: int) -> None:
+def test_gradients_and_inference_mode_record_the_same(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids, more = prompt(30, seed), prompt(6, seed + 1)
     hit = reuse.load(ids)
@@ -47,7 +48,7 @@ def test_gradients_and_inference_mode_record_the_same(store: Store, seed: int) -
     assert torch.allclose(logits, model(torch.cat((ids, more, more), 1)).logits[:, 36:], atol=1e-3)
 
 
-def test_wrong_ids_at_save_are_refused_and_nothing_is_stored(store: Store, seed: int) -> None:
+def test_wrong_ids_at_save_are_refused_and_nothing_is_stored(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(40, seed)
     hit = reuse.load(ids)
@@ -67,7 +68,7 @@ def test_wrong_ids_at_save_are_refused_and_nothing_is_stored(store: Store, seed:
     assert reuse.load(out).cached_tokens == 44
 
 
-def test_ids_that_passed_unseen_end_the_recording(store: Store, seed: int) -> None:
+def test_ids_that_passed_unseen_end_the_recording(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(20, seed)
     embeddings = model.get_input_embeddings()(prompt(4, seed + 1))
@@ -80,7 +81,7 @@ def test_ids_that_passed_unseen_end_the_recording(store: Store, seed: int) -> No
     assert reuse.save(ids, hit.cache).tokens == 20
 
 
-def test_positions_and_masks_of_the_callers_own_are_not_stored(store: Store, seed: int) -> None:
+def test_positions_and_masks_of_the_callers_own_are_not_stored(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(20, seed)
     for change in (

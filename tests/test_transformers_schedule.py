@@ -15,20 +15,21 @@ from hf_runs import leases_left
 from queues import nobody_waits, states
 
 import kvstore
-from kvstore import BadInput, Job, Namespace, Store
+from kvstore import BadInput, Job, Namespace
 from kvstore.adapters.transformers import Reuse
 from kvstore.composition import Composition
+from kvstore.local import LocalStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[LocalStore]:
     with kvstore.open(tmp_path / "cache", host="16MiB", disk="64MiB") as opened:
         yield opened
         nobody_waits(opened)
         assert leases_left(opened) == 0
 
 
-def test_prompts_that_wait_are_loaded_from_memory(store: Store) -> None:
+def test_prompts_that_wait_are_loaded_from_memory(store: LocalStore) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=16)
     turns = [prompt(40 + seed, seed) for seed in range(3)]
@@ -48,7 +49,7 @@ def test_prompts_that_wait_are_loaded_from_memory(store: Store) -> None:
     assert states(reuse.schedule(waiting, tenant="other")) == ["unknown"] * 4
 
 
-def test_all_runs_of_a_composition_count(store: Store) -> None:
+def test_all_runs_of_a_composition_count(store: LocalStore) -> None:
     model = build("llama")
     reuse, _ = joined(model, store)
     whole, _ = composition(PARTS)
@@ -66,7 +67,7 @@ def test_all_runs_of_a_composition_count(store: Store) -> None:
     assert reuse.load(whole).cached_by_tier == {"device": 0, "host": loaded, "disk": 0}
 
 
-def test_what_the_model_is_not_any_more_is_unknown(store: Store) -> None:
+def test_what_the_model_is_not_any_more_is_unknown(store: LocalStore) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=16)
     ids = prompt(40, 1)
@@ -79,7 +80,7 @@ def test_what_the_model_is_not_any_more_is_unknown(store: Store) -> None:
     assert states(reuse.schedule([ids])) == ["unknown"]
 
 
-def test_jobs_of_the_callers_own_pass_as_they_are(store: Store) -> None:
+def test_jobs_of_the_callers_own_pass_as_they_are(store: LocalStore) -> None:
     model = build("llama")
     reuse = Reuse(model, store, block_tokens=16)
     own = Job("mine", namespace=Namespace(reuse.fingerprint), layout=reuse.layout, token_ids=[1, 2, 3], priority=1)

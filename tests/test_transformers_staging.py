@@ -13,9 +13,10 @@ from hf_runs import BLOCK
 from staged import DEVICES, Hold, refusing, staging_of
 
 import kvstore
-from kvstore import Namespace, Store
+from kvstore import Namespace
 from kvstore.adapters.transformers import Reuse
 from kvstore.adapters.transformers.staging import Staging
+from kvstore.local import LocalStore
 
 NEW = 24
 
@@ -111,7 +112,7 @@ WINDOWED = ("decode", "chunks", "turns", "two rows")  # transformers itself does
 CASES = [("llama", name) for name in SCENARIOS] + [("gemma3", name) for name in WINDOWED]
 
 
-def bits(store: Store, reuse: Any, chains: list[Any]) -> list[torch.Tensor]:
+def bits(store: LocalStore, reuse: Any, chains: list[Any]) -> list[torch.Tensor]:
     """Every layer's keys and values of all tokens that are stored of these chains, [heads, tokens, dim]."""
     found = []
     for ids in chains:

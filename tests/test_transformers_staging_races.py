@@ -8,11 +8,12 @@ import torch
 from staged import CUDA, Hasty, HastyOnCuda, Hold, Rash, RashOnCuda, refusing, staging_of
 
 import kvstore
-from kvstore import Layout, Store
+from kvstore import Layout
 from kvstore.adapters.transformers.buffers import LayerSpec, payload_of
 from kvstore.adapters.transformers.row import Row
 from kvstore.adapters.transformers.staging import TOO_SLOW, Staging
 from kvstore.layout import LayerShape
+from kvstore.local import LocalStore
 from kvstore.tensors.streams import CudaStream, Stream, ThreadStream, current
 
 LAYERS, HEADS, DIM, BLOCK = 3, 2, 8, 4
@@ -20,7 +21,7 @@ LAYOUT = Layout.uniform(LAYERS, HEADS, DIM, "float32", BLOCK)
 
 
 @pytest.fixture
-def store() -> Iterator[Store]:
+def store() -> Iterator[LocalStore]:
     with kvstore.open(host="16MiB") as store:
         yield store
         assert store.stats()["drafts"] == 0
@@ -68,14 +69,14 @@ class Engine:
         return torch.equal(self.saved(tokens), self.states[:, :, :, :tokens])
 
 
-def engine_of(store: Store, staging: Staging, stream: Stream, seed: int) -> Engine:
+def engine_of(store: LocalStore, staging: Staging, stream: Stream, seed: int) -> Engine:
     specs = [LayerSpec(HEADS, DIM, DIM, torch.device("cpu"))] * LAYERS
     row = Row([], specs, torch.float32, BLOCK, lambda: store.draft(LAYOUT), staging)
     return Engine(row, stream, "cpu", seed)
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["waits", "negative control"])
-def test_a_block_leaves_behind_what_the_engine_has_yet_to_write(store: Store, right: bool, seed: int) -> None:
+def test_a_block_leaves_behind_what_the_engine_has_yet_to_write(store: LocalStore, right: bool, seed: int) -> None:
     side = ThreadStream("kvstore-leaving") if right else Hasty("kvstore-hasty")
     with Hold() as hold:
         staging = staging_of(LAYOUT, torch.float32, "cpu", side, engine=lambda: hold.stream, allocate=torch.zeros)
@@ -92,7 +93,7 @@ def test_a_block_leaves_behind_what_the_engine_has_yet_to_write(store: Store, ri
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["waits", "negative control"])
-def test_a_buffer_is_written_again_when_it_has_left(store: Store, right: bool, seed: int) -> None:
+def test_a_buffer_is_written_again_when_it_has_left(store: LocalStore, right: bool, seed: int) -> None:
     with Hold(ThreadStream("kvstore-leaving") if right else Rash("kvstore-rash")) as hold:
         staging = staging_of(LAYOUT, torch.float32, "cpu", hold.stream)
         engine = engine_of(store, staging, current("cpu"), seed=seed)
@@ -135,7 +136,7 @@ def test_on_a_busy_device(device: str, fault: str | None, seed: int) -> None:
     staging.close()
 
 
-def test_a_link_that_is_too_slow_ends_the_recording(store: Store, seed: int) -> None:
+def test_a_link_that_is_too_slow_ends_the_recording(store: LocalStore, seed: int) -> None:
     with Hold() as hold:
         staging = staging_of(LAYOUT, torch.float32, "cpu", hold.stream, leaving_bytes=0)
         engine = engine_of(store, staging, current("cpu"), seed=seed)
@@ -149,7 +150,7 @@ def test_a_link_that_is_too_slow_ends_the_recording(store: Store, seed: int) -> 
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_a_long_prompt_goes_through_few_buffers(store: Store, held: bool, seed: int) -> None:
+def test_a_long_prompt_goes_through_few_buffers(store: LocalStore, held: bool, seed: int) -> None:
     with Hold() as hold:
         staging = staging_of(LAYOUT, torch.float32, "cpu", hold.stream, leaving_bytes=0)
         engine = engine_of(store, staging, current("cpu"), seed=seed)
@@ -177,7 +178,7 @@ def test_a_long_prompt_goes_through_few_buffers(store: Store, held: bool, seed: 
         staging.close()
 
 
-def test_a_host_that_is_ahead_of_the_device_waits_for_the_device(store: Store, seed: int) -> None:
+def test_a_host_that_is_ahead_of_the_device_waits_for_the_device(store: LocalStore, seed: int) -> None:
     stream = ThreadStream("kvstore-engine")
     staging = staging_of(LAYOUT, torch.float32, "cpu", engine=lambda: stream, leaving_bytes=0)
     engine = engine_of(store, staging, stream, seed=seed)
@@ -201,7 +202,7 @@ def test_a_host_that_is_ahead_of_the_device_waits_for_the_device(store: Store, s
     stream.close()
 
 
-def test_rows_that_fill_their_blocks_in_the_same_step_all_go_on(store: Store, seed: int) -> None:
+def test_rows_that_fill_their_blocks_in_the_same_step_all_go_on(store: LocalStore, seed: int) -> None:
     with Hold() as hold:
         staging = staging_of(LAYOUT, torch.float32, "cpu", hold.stream, leaving_bytes=0)
         engines = [engine_of(store, staging, current("cpu"), seed=seed + number) for number in range(7)]
@@ -214,7 +215,7 @@ def test_rows_that_fill_their_blocks_in_the_same_step_all_go_on(store: Store, se
         staging.close()
 
 
-def test_buffers_of_a_batch_that_is_gone_are_let_go(store: Store, seed: int) -> None:
+def test_buffers_of_a_batch_that_is_gone_are_let_go(store: LocalStore, seed: int) -> None:
     staging = staging_of(LAYOUT, torch.float32, "cpu", leaving_bytes=0)
     engines = [engine_of(store, staging, current("cpu"), seed=seed + number) for number in range(7)]
     for engine in engines:
@@ -228,7 +229,7 @@ def test_buffers_of_a_batch_that_is_gone_are_let_go(store: Store, seed: int) -> 
     staging.close()
 
 
-def test_the_device_is_asked_for_memory_once_too_often_and_no_more(store: Store, seed: int) -> None:
+def test_the_device_is_asked_for_memory_once_too_often_and_no_more(store: LocalStore, seed: int) -> None:
     asked: list[int] = []
     limited = refusing(1)
 
@@ -252,7 +253,7 @@ LAYERS_UNLIKE = (LayerShape(2, 8, 8), LayerShape(1, 24, 8), LayerShape(4, 4, 12)
 
 @pytest.mark.parametrize("steps", [[1] * 11, [3, 6, 1, 9, 2], [24, 1]])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_layers_of_different_shapes(store: Store, device: str, steps: Sequence[int], seed: int) -> None:
+def test_layers_of_different_shapes(store: LocalStore, device: str, steps: Sequence[int], seed: int) -> None:
     layout, draws = Layout(LAYERS_UNLIKE, "bfloat16", BLOCK), torch.Generator().manual_seed(seed)
     staging = staging_of(layout, torch.bfloat16, device)
     specs = [LayerSpec(s.heads, s.key_dim, s.value_dim, torch.device(device)) for s in LAYERS_UNLIKE]

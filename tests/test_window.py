@@ -11,9 +11,10 @@ import torch
 from hf_models import VOCABULARY, build, prompt
 from transformers import DynamicCache
 
-from kvstore import BadInput, Store, Unsupported
+from kvstore import BadInput, Unsupported
 from kvstore.adapters.transformers import Reuse
 from kvstore.adapters.transformers.window import WindowCache
+from kvstore.local import LocalStore
 from kvstore.policies.overflow import Window, truncation
 
 Make = Callable[[], WindowCache]
@@ -23,7 +24,9 @@ TOKENS = 66  # which drop something 21 times
 TOLERANCE = 1e-4
 
 
-def windowed(family: str, store: Store, policy: Window = WINDOW, dtype: str = "float32") -> tuple[Any, Make, Reuse]:
+def windowed(
+    family: str, store: LocalStore, policy: Window = WINDOW, dtype: str = "float32"
+) -> tuple[Any, Make, Reuse]:
     """A model, what makes caches for it, and what joins it to a store that sees nothing of them."""
     model = build(family, dtype)
     reuse = Reuse(model, store)
@@ -60,7 +63,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_keys_are_the_originals_rotated_once(family: str, dtype: str, store: Store, seed: int) -> None:
+def test_kept_keys_are_the_originals_rotated_once(family: str, dtype: str, store: LocalStore, seed: int) -> None:
     """After 21 drops: the originals are the bytes that they were, and keys are these at their index, as of one call."""
     model, make, _reuse = windowed(family, store, dtype=dtype)
     cache, ids = make(), prompt(TOKENS, seed)
@@ -82,7 +85,7 @@ def test_kept_keys_are_the_originals_rotated_once(family: str, dtype: str, store
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keys_are_the_models_own_function_of_what_its_projection_gave(
-    family: str, dtype: str, store: Store, seed: int
+    family: str, dtype: str, store: LocalStore, seed: int
 ) -> None:
     """Without the adapter's rotation: hooks on the model's own modules, and its own function."""
     model, make, _reuse = windowed(family, store, dtype=dtype)
@@ -100,7 +103,7 @@ def test_keys_are_the_models_own_function_of_what_its_projection_gave(
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "fusedkv"])
-def test_without_sinks_it_is_a_mask(family: str, store: Store, seed: int) -> None:
+def test_without_sinks_it_is_a_mask(family: str, store: LocalStore, seed: int) -> None:
     """Rotation is relative, so a window that moves as a whole is what a mask over the whole history makes of it."""
     policy = truncation(24)
     model, make, _reuse = windowed(family, store, policy)
@@ -141,7 +144,7 @@ def moved_sinks(model: Any, ids: torch.Tensor, policy: Window, moves: bool = Tru
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_sinks_it_is_the_sinks_that_come_along(family: str, store: Store, seed: int) -> None:
+def test_with_sinks_it_is_the_sinks_that_come_along(family: str, store: LocalStore, seed: int) -> None:
     model, make, _reuse = windowed(family, store)
     ids = prompt(TOKENS, seed)
     got = read(model, make(), ids, (7, 30, 1, 11))
@@ -153,7 +156,7 @@ def test_with_sinks_it_is_the_sinks_that_come_along(family: str, store: Store, s
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "deepseek_v2"])
-def test_turns_and_pieces_do_not_matter(family: str, store: Store, seed: int) -> None:
+def test_turns_and_pieces_do_not_matter(family: str, store: LocalStore, seed: int) -> None:
     model, make, _reuse = windowed(family, store)
     ids = prompt(TOKENS, seed)
     whole, wanted = make(), WINDOW.kept(TOKENS)
@@ -167,7 +170,7 @@ def test_turns_and_pieces_do_not_matter(family: str, store: Store, seed: int) ->
             assert difference(layer.originals()[0], other.originals()[0]) < TOLERANCE
 
 
-def test_nothing_is_dropped_before_the_context_is_full(store: Store, seed: int) -> None:
+def test_nothing_is_dropped_before_the_context_is_full(store: LocalStore, seed: int) -> None:
     model, make, _reuse = windowed("llama", store)
     ids = prompt(WINDOW.context + 1, seed)
     cache, plain = make(), DynamicCache(config=model.config)
@@ -182,7 +185,7 @@ def test_nothing_is_dropped_before_the_context_is_full(store: Store, seed: int) 
     assert torch.equal(read(model, cache, ids[:, :20]), read(model, DynamicCache(config=model.config), ids[:, :20]))
 
 
-def test_memory_stays_as_it_is(store: Store, seed: int) -> None:
+def test_memory_stays_as_it_is(store: LocalStore, seed: int) -> None:
     model, make, _reuse = windowed("llama", store)
     cache, ids = make(), prompt(TOKENS, seed)
     assert cache.size == 3 * 24 * 3 * 2 * 16 * 4  # layers, columns, buffers, heads, dims, bytes
@@ -195,7 +198,7 @@ def test_memory_stays_as_it_is(store: Store, seed: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
-def test_generate_equals_a_loop(family: str, store: Store, seed: int) -> None:
+def test_generate_equals_a_loop(family: str, store: LocalStore, seed: int) -> None:
     """Two turns, each with the whole history, as ``generate`` wants it."""
     model, make, _reuse = windowed(family, store)
     history, more = prompt(40, seed), prompt(9, seed + 1)
@@ -212,7 +215,7 @@ def test_generate_equals_a_loop(family: str, store: Store, seed: int) -> None:
     assert not torch.equal(history, model.generate(prompt(40, seed), max_new_tokens=69, do_sample=False))
 
 
-def test_new_tokens_alone_with_the_mask_of_all(store: Store, seed: int) -> None:
+def test_new_tokens_alone_with_the_mask_of_all(store: LocalStore, seed: int) -> None:
     """The other way to go on that ``generate`` has."""
     model, make, _reuse = windowed("llama", store)
     ids, cache, other = prompt(TOKENS, seed), make(), make()
@@ -226,7 +229,7 @@ def test_new_tokens_alone_with_the_mask_of_all(store: Store, seed: int) -> None:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pass_that_fails_is_forgotten(store: Store, seed: int) -> None:
+def test_a_pass_that_fails_is_forgotten(store: LocalStore, seed: int) -> None:
     model, make, _reuse = windowed("llama", store)
     ids, cache = prompt(TOKENS, seed), make()
     expected = read(model, make(), ids)
@@ -244,7 +247,7 @@ def test_a_pass_that_fails_is_forgotten(store: Store, seed: int) -> None:
     assert difference(read(model, cache, ids[:, 50:]), expected[:, 50:]) < TOLERANCE
 
 
-def test_what_cannot_be_served_is_refused(store: Store, seed: int) -> None:
+def test_what_cannot_be_served_is_refused(store: LocalStore, seed: int) -> None:
     with pytest.raises(Unsupported, match="sliding windows"):
         windowed("mistral", store)[1]()
     with pytest.raises(Unsupported, match="sliding windows"):
@@ -271,7 +274,7 @@ def test_what_cannot_be_served_is_refused(store: Store, seed: int) -> None:
     assert read(model, cache, ids[:1]).shape[1] == 12  # none of it did harm
 
 
-def test_beside_caches_of_the_store(store: Store, seed: int) -> None:
+def test_beside_caches_of_the_store(store: LocalStore, seed: int) -> None:
     """The same model serves both, and when nobody holds it any more it listens no longer."""
     model, make, reuse = windowed("llama", store)
     ids = prompt(TOKENS, seed)

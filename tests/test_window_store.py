@@ -10,8 +10,9 @@ from hf_runs import BLOCK, attach, stored_prompt
 from test_transformers_faults import LateStore
 
 import kvstore
-from kvstore import BadInput, Store, Unsupported
+from kvstore import BadInput, Unsupported
 from kvstore.adapters.transformers import Reuse
+from kvstore.local import LocalStore
 from kvstore.policies.overflow import Window, truncation
 
 WINDOW = Window(40, sinks=4, step=6)
@@ -43,7 +44,7 @@ def read(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v2", "fusedkv"])
 @pytest.mark.parametrize("policy", [WINDOW, truncation(40)], ids=["streaming", "truncation"])
-def test_every_turn_goes_on_where_the_last_one_ended(family: str, policy: Window, store: Store, seed: int) -> None:
+def test_every_turn_goes_on_where_the_last_one_ended(family: str, policy: Window, store: LocalStore, seed: int) -> None:
     model, reuse = attach(family, store)
     expected, lengths = conversation(model, reuse, policy, seed)
     passes: list[int] = []
@@ -91,7 +92,7 @@ def test_what_comes_back_is_what_was_there(tokens: int, dtype: str, quick: Path,
         assert torch.equal(read(model, hit.cache, ids), read(model, memory.cache, ids))  # bit for bit from here on
 
 
-def test_the_first_tokens_are_a_chain_like_any_other(store: Store, seed: int) -> None:
+def test_the_first_tokens_are_a_chain_like_any_other(store: LocalStore, seed: int) -> None:
     """They serve, and are served by, prompts that know nothing of windows; what is behind them is the policy's own."""
     model, reuse = attach("llama", store)
     ids = prompt(70, seed)
@@ -121,7 +122,7 @@ def _read_plain(model: Any, reuse: Any, ids: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("stored", [38, 40, 52, 75])
-def test_a_long_new_part_goes_on_from_all_that_is_stored(stored: int, store: Store, seed: int) -> None:
+def test_a_long_new_part_goes_on_from_all_that_is_stored(stored: int, store: LocalStore, seed: int) -> None:
     """Also when what would be kept in the end begins behind all that is stored."""
     model, reuse = attach("llama", store)
     ids = prompt(150, seed)
@@ -149,7 +150,7 @@ def test_a_conversation_in_use_stays(seed: int) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_layer_that_does_not_come_costs_time_only(layer: int, store: Store, seed: int) -> None:
+def test_a_layer_that_does_not_come_costs_time_only(layer: int, store: LocalStore, seed: int) -> None:
     late = LateStore(store)
     model, reuse = attach("llama", late)
     ids = prompt(90, seed)
@@ -164,7 +165,7 @@ def test_a_layer_that_does_not_come_costs_time_only(layer: int, store: Store, se
     assert reuse.load(expected, overflow=WINDOW).cached_tokens == 97
 
 
-def test_a_cache_goes_on_after_it_was_saved(store: Store, seed: int) -> None:
+def test_a_cache_goes_on_after_it_was_saved(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(120, seed)
     hit = reuse.load(ids[:, :30], overflow=WINDOW)
@@ -175,7 +176,7 @@ def test_a_cache_goes_on_after_it_was_saved(store: Store, seed: int) -> None:
         assert reuse.load(ids[:, : end + 1], overflow=WINDOW).cached_tokens == end
 
 
-def test_what_was_not_read_is_not_saved(store: Store, seed: int) -> None:
+def test_what_was_not_read_is_not_saved(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(70, seed)
     hit = reuse.load(ids, overflow=WINDOW)
@@ -193,7 +194,7 @@ def test_what_was_not_read_is_not_saved(store: Store, seed: int) -> None:
     assert reuse.load(ids, overflow=WINDOW).cached_tokens == 50
 
 
-def test_a_pass_that_fails_ends_the_recording(store: Store, seed: int) -> None:
+def test_a_pass_that_fails_ends_the_recording(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(70, seed)
     hit = reuse.load(ids, overflow=WINDOW)
@@ -211,7 +212,7 @@ def test_a_pass_that_fails_ends_the_recording(store: Store, seed: int) -> None:
     assert reuse.load(ids, overflow=WINDOW).cached_tokens == 45
 
 
-def test_a_changed_model_neither_reuses_nor_records(store: Store, seed: int) -> None:
+def test_a_changed_model_neither_reuses_nor_records(store: LocalStore, seed: int) -> None:
     model, reuse = attach("llama", store)
     ids = prompt(60, seed)
     reuse.generate(ids, overflow=WINDOW, max_new_tokens=2, do_sample=False)
@@ -224,7 +225,7 @@ def test_a_changed_model_neither_reuses_nor_records(store: Store, seed: int) -> 
     assert store.stats()["drafts"] == 0
 
 
-def test_what_cannot_be_served_is_refused(store: Store, seed: int) -> None:
+def test_what_cannot_be_served_is_refused(store: LocalStore, seed: int) -> None:
     _, reuse = attach("llama", store)
     ids = prompt(60, seed, rows=2)
     with pytest.raises(Unsupported, match="one sequence, not 2"):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kvstore.bench.simulate import summary
 from kvstore.bench.simulate.sweep import MINIMUM
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+FOLDER, TEMPLATE = Path(__file__).parent, "report.html.j2"
 DEFAULT = "default"
 COLOURS = 10  # of lines, beside those of the default and of the optimum; the page defines them
 # A plot and the part of it inside the axes, in the units of its viewBox.
@@ -53,11 +53,12 @@ class Plot:
 
 def html(result: dict[str, Any]) -> str:
     """The whole page of a ``summary.summarize``."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    loader = FileSystemLoader([FOLDER, FOLDER.parent])  # what both kinds of pages share is above
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters.update(percent=summary.percent, duration=summary.duration)
     hits = "share of all prompt tokens that need not be computed, %"
     shares = "share of the hits that the optimum has, %"
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return environment.get_template(TEMPLATE).render(
         result=result,
         rows=summary.grid(result),
         facts=summary.facts(result),

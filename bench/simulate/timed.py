@@ -31,7 +31,6 @@ from kvstore.bench.simulate.readers import read
 from kvstore.bench.simulate.timed_run import FIRST, Chats, Run, Served, Turn, drawn, recorded
 from kvstore.bench.simulate.timed_tiers import Machine, Strategy
 from kvstore.errors import BadInput
-from kvstore.policies.history import History
 from kvstore.policies.named import POLICIES
 from kvstore.policies.pace import Pace
 from kvstore.policy import Clock, EvictionPolicy
@@ -71,8 +70,7 @@ def _pair(policy: str, clock: Clock) -> tuple[EvictionPolicy, EvictionPolicy]:
     if policy == RECOMPUTE:
         policy = "lru"  # of nothing
     if POLICIES[policy] is Pace:
-        history = History()
-        return Pace(clock, history), Pace(clock, history, leads=False)
+        return Pace.pair(clock)
     return POLICIES[policy](clock), POLICIES[policy](clock)
 
 

@@ -1,0 +1,73 @@
+"""The tables of the house: floors, who may import what, lengths. tests/test_tidy.py holds the code to them."""
+
+FILE_LINES, FUNCTION_LINES = 300, 60
+
+# From the ground up; a module may import its own floor and those below, and never in a circle.
+FLOORS = (
+    "errors keeping",
+    "keys layout lease files policy metrics counters compiled xxh3 checksum",
+    "block plan",
+    "composition walk tensors",
+    "pml",
+    "tiers policies families",
+    "index mover eviction match expiry rates",
+    "known hot residency job",
+    "room fetch erasure restore census notes waiting finder prospect",
+    "writer load save discovery admission",
+    "loader outlook upload prefetch keeper",
+    "store",
+    "local",
+    "assembly",
+    "config",
+    "kvstore",
+    "adapters",
+    "bench",
+    "cli",
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+
+GROUND = {"errors", "keys", "layout", "plan", "lease", "files", "policy", "policies", "metrics", "counters"}
+FRAMEWORKS = {"huggingface_hub", "numpy", "peft", "safetensors", "torch", "transformers"}
+THIRD_PARTY = {
+    "block": {"msgpack", "xxhash"},
+    "checksum": {"xxhash"},
+    "compiled": {"numba"},
+    "xxh3": {"llvmlite", "numba", "xxhash"},
+    "tiers": {"lmdb", "msgpack", "xxhash"},
+    "tiers.device": {"torch"},
+    "adapters": FRAMEWORKS | {"xxhash"},
+    "adapters.kvlink.__main__": FRAMEWORKS | {"rich", "typer"},
+    "tensors": FRAMEWORKS | {"llvmlite", "numba", "triton"},
+    "cli": {"rich", "typer"},
+}
+# They see no concrete tier or policy, but those that are alone of their kind: host memory, and the order of the queue.
+ONLY_PORTS = {"index", "mover", "eviction", "match", "known", "hot", "residency", "restore", "room", "fetch", "erasure"}
+ONLY_PORTS |= {
+    "writer",
+    "load",
+    "loader",
+    "save",
+    "store",
+    "local",
+    "census",
+    "discovery",
+    "finder",
+    "admission",
+    "keeper",
+}
+PORTS = {"tiers.base", "tiers.host", "policies.look_ahead"}
+PUBLIC = {"kvstore", "errors", "keys", "layout", "match", "load", "save", "store", "tensors", "metrics", "adapters"}
+PUBLIC |= {"plan", "policies", "composition", "assembly", "walk", "job"}
+BANNED_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
+BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
+# Top loops of threads and of a long run, which must survive anything: "module:function".
+BROAD_EXCEPT = {
+    "adapters.transformers.ahead:_run",
+    "adapters.transformers.loaded:_tried",
+    "adapters.transformers.request:hear",
+    "mover:_work",
+    "mover:_run",
+    "compiled:_run",
+    "tensors.streams:_run",
+    "bench.gpu.__main__:measured",
+}
