@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test check bench gpu soak clean
+.PHONY: install demo demo-daemon test check bench gpu soak clean
 
 install: $(STAMP)
 
@@ -14,12 +14,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing (the first time takes minutes)"
 	@$(PIP) install -qq --upgrade pip
 	@$(PIP) install -qq torch==2.13.0
-	@$(PIP) install -qq -e '.[transformers,bench,dev]' -c constraints.txt
+	@$(PIP) install -qq -e '.[transformers,encryption,serve,bench,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
 	@mkdir -p out && rm -rf out/demo-cache
 	@$(BIN)/kvstore replay bench/data/demo.json --interleave --host 12MiB --dir out/demo-cache --json out/demo.json --report out/demo.html
+
+demo-daemon: $(STAMP)
+	@$(BIN)/python -m kvstore.bench.workers bench/data/demo.json
 
 test: $(STAMP)
 	@$(BIN)/pytest

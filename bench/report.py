@@ -13,6 +13,7 @@ from rich.table import Table
 from kvstore.adapters.transformers.timeline import FETCH, LOAD
 from kvstore.bench import plots
 from kvstore.bench.replay import Row
+from kvstore.figures import seconds, size
 
 FOLDER, TEMPLATE = Path(__file__).parent, "report.html.j2"
 PLOTS = (
@@ -22,22 +23,6 @@ PLOTS = (
     (plots.waiting_by_conversation, "Waiting, by conversation", "what its user waited for first tokens, turn by turn"),
 )
 TIMELINE = "One load, layer by layer"
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value / scale < 1000 else f"{value / scale:,.0f} {unit}"
-    return f"{value / 1e-6:.2f} µs" if value else "0"
-
-
-def size(value: int) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if value >= scale:
-            return f"{value / scale:.1f} {unit}"
-    return f"{value} bytes"
 
 
 def html(result: dict[str, Any], rows: Sequence[Row]) -> str:

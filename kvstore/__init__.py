@@ -7,8 +7,9 @@
 """
 
 from kvstore.config import open
+from kvstore.daemon import aconnect, connect
 from kvstore.erasure import Receipt
-from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreClosed, Unsupported
+from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreClosed, Unreachable, Unsupported
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained
 from kvstore.keys import Extra, Fingerprint, Namespace
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     # the store
     "open",
+    "connect",
+    "aconnect",
     "Store",
     # what identifies bytes
     "Extra",
@@ -41,5 +44,6 @@ __all__ = [
     "KVStoreError",
     "StoreBusy",
     "StoreClosed",
+    "Unreachable",
     "Unsupported",
 ]

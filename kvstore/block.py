@@ -21,6 +21,7 @@ from kvstore.checksum import copy_digests, digests
 from kvstore.errors import BadInput, Corrupt
 from kvstore.keys import KEY_BYTES, TOKEN_BYTES
 from kvstore.layout import MAX_LAYERS, PIECE_BYTES, LayerShape, Layout
+from kvstore.sealed import CODEC_SEALED, TOKENS, Seal, SealedTokens, layer_range, seal_of
 
 MAGIC = b"KVBLOCK1"
 VERSION = 1
@@ -60,7 +61,8 @@ class Header:
 
     ``tokens`` are little-endian uint32 bytes; ``checksums`` one xxh3_64 per piece in the order of ``layout.pieces``;
     ``created`` and ``expires`` are Unix seconds (``expires`` 0: never); ``sequence`` orders writes of one store.
-    ``form`` says whether keys are before RoPE (``pre``), rotated at ``base``, or opaque to us.
+    ``form`` says whether keys are before RoPE (``pre``), rotated at ``base``, or opaque to us. Where there is a
+    ``seal``, key, parent and tokens are encrypted, and ``checksums`` are of each stored layer's ciphertext.
     """
 
     key: bytes
@@ -80,6 +82,7 @@ class Header:
     base: int = 0
     writer: str = ""
     checksums: array[int] | None = None
+    seal: Seal | None = None
 
     @property
     def token_count(self) -> int:
@@ -90,6 +93,12 @@ class Header:
     def slot_bytes(self) -> int:
         """Bytes of header area and payload."""
         return self.layout.slot_bytes(self.stride)
+
+    @property
+    def indexed_tokens(self) -> bytes | SealedTokens:
+        """The token ids as an index keeps them."""
+        seal = self.seal
+        return self.tokens if seal is None else SealedTokens(self.tokens, seal.key, seal.salt, seal.tag(TOKENS))
 
 
 def address_of(buffer: object) -> int:
@@ -118,7 +127,7 @@ def bad_pieces(header: Header, payload: memoryview, first: int, last: int, base:
     """
     assert header.checksums is not None
     layout = header.layout
-    start, stop = _piece_range(layout, first), _piece_range(layout, last)
+    start, stop = piece_start(layout, first), piece_start(layout, last)
     address = None if payload.readonly or not payload else address_of(payload)
     sums, expected = digests(layout, header.stride, payload, address, start, stop, base), header.checksums[start:stop]
     if sums != expected:
@@ -132,7 +141,8 @@ def _piece_starts(layers: tuple[LayerShape, ...], layer: int) -> int:
     return sum(2 * shape.heads for shape in layers[:layer])
 
 
-def _piece_range(layout: Layout, layer: int) -> int:
+def piece_start(layout: Layout, layer: int) -> int:
+    """The number of a layer's first piece."""
     first = layout.layers[0].heads
     if all(shape.heads == first for shape in layout.layers[:layer]):
         return 2 * first * layer
@@ -145,30 +155,10 @@ def encode_header(header: Header) -> bytes:
     Raises ``BadInput`` when owner, tenant or writer are too long for the header area.
     """
     assert header.checksums is not None
-    layout = header.layout
-    metadata: bytes = msgpack.packb(
-        {
-            "key": header.key,
-            "parent": header.parent,
-            "root": header.root,
-            "namespace": header.namespace,
-            "fingerprint": header.fingerprint,
-            "tenant": header.tenant,
-            "owner": header.owner,
-            "tokens": header.tokens,
-            "layout": _layout_fields(layout),
-            "stride": header.stride,
-            "sequence": header.sequence,
-            "created": float(header.created),
-            "expires": float(header.expires),
-            "form": header.form,
-            "base": header.base,
-            "writer": header.writer,
-            "seal": None,  # reserved: key id, nonce and tag of authenticated encryption
-        }
-    )
+    layout, seal = header.layout, header.seal
+    metadata: bytes = msgpack.packb(described(header) | {"seal": None if seal is None else seal.fields()})
     sums = header.checksums
-    body: bytes = metadata + _piece_table(layout, header.stride) + sums.tobytes()
+    body: bytes = metadata + _piece_table(layout, header.stride, seal is not None) + sums.tobytes()
     sizes = layout.header_bytes, len(metadata), len(sums), layout.payload_bytes(header.stride)
     zero = FIXED.pack(MAGIC, VERSION, 0, *sizes, bytes(16))
     if len(zero) + len(body) > layout.header_bytes:
@@ -177,8 +167,31 @@ def encode_header(header: Header) -> bytes:
     return fixed + body
 
 
-def decode_header(data: memoryview | bytes) -> Header:
-    """Header at the start of ``data`` (at least the header area). Raises ``Corrupt`` with what is wrong."""
+def described(header: Header) -> dict[str, object]:
+    """The header's metadata by field, in the order of the format, without the seal."""
+    return {
+        "key": header.key,
+        "parent": header.parent,
+        "root": header.root,
+        "namespace": header.namespace,
+        "fingerprint": header.fingerprint,
+        "tenant": header.tenant,
+        "owner": header.owner,
+        "tokens": header.tokens,
+        "layout": _layout_fields(header.layout),
+        "stride": header.stride,
+        "sequence": header.sequence,
+        "created": float(header.created),
+        "expires": float(header.expires),
+        "form": header.form,
+        "base": header.base,
+        "writer": header.writer,
+    }
+
+
+def decode_header(data: memoryview | bytes, sealed: bool = False) -> Header:
+    """Header at the start of ``data`` (at least the header area). Raises ``Corrupt`` with what is wrong, which a seal
+    is for who does not say that it may be ``sealed``."""
     view = memoryview(data)
     total = header_length(view, len(view))
     magic, version, flags, area, size, pieces, payload, digest = FIXED.unpack_from(view)
@@ -187,15 +200,15 @@ def decode_header(data: memoryview | bytes) -> Header:
         raise Corrupt("header checksum differs")
     try:
         fields = msgpack.unpackb(body[:size])
+        if not sealed and fields["seal"] is not None:
+            raise ValueError("it is encrypted")
         header = _header(fields, array("Q", bytes(body[size + pieces * PIECE.size :])))
     except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise Corrupt(f"header metadata cannot be read: {error}") from error
     layout = header.layout
     if (area, payload) != (layout.header_bytes, layout.payload_bytes(header.stride)):
         raise Corrupt("header area or payload do not have the layout's size")
-    if pieces != sum(2 * shape.heads for shape in layout.layers):
-        raise Corrupt("number of pieces is not the layout's")
-    if bytes(body[size : size + pieces * PIECE.size]) != _piece_table(layout, header.stride):
+    if bytes(body[size : size + pieces * PIECE.size]) != _piece_table(layout, header.stride, header.seal is not None):
         raise Corrupt("piece table is not the canonical one of the layout")
     return header
 
@@ -215,9 +228,8 @@ def header_length(view: memoryview, limit: int) -> int:
 
 def _header(fields: dict[str, Any], sums: array[int]) -> Header:
     """Checks types and ranges; fields that are not known here are passed over."""
-    if fields["seal"] is not None:
-        raise ValueError("it is encrypted")
     layout = _layout_of(fields["layout"])
+    seal = seal_of(fields["seal"], layout)
     values = {name: fields[name] for name in _TYPES}
     for name, kind in _TYPES.items():
         if type(values[name]) is not kind:
@@ -229,7 +241,7 @@ def _header(fields: dict[str, Any], sums: array[int]) -> Header:
         raise ValueError("length of a digest")
     if not (0 <= values["sequence"] < MAX_NUMBER and 0 <= values["base"] < MAX_NUMBER and values["form"] in FORMS):
         raise ValueError("a number or the form of keys")
-    return Header(**values, layout=layout, checksums=sums)
+    return Header(**values, layout=layout, checksums=sums, seal=seal)
 
 
 def pack_layout(layout: Layout) -> bytes:
@@ -267,7 +279,14 @@ def _layout(runs: tuple[tuple[int, int, int, int], ...], dtype: str, block_token
 
 
 @lru_cache(maxsize=1024)
-def _piece_table(layout: Layout, stride: int) -> bytes:
-    return b"".join(
-        PIECE.pack(p.kind, CODEC_PLAIN, p.layer, p.head, 1, p.offset, p.length, p.length) for p in layout.pieces(stride)
-    )
+def _piece_table(layout: Layout, stride: int, sealed: bool) -> bytes:
+    if not sealed:
+        return b"".join(
+            PIECE.pack(p.kind, CODEC_PLAIN, p.layer, p.head, 1, p.offset, p.length, p.length)
+            for p in layout.pieces(stride)
+        )
+    rows = []
+    for layer, shape in enumerate(layout.layers):
+        start, end = layer_range(layout, stride, layer)
+        rows.append(PIECE.pack(KIND_OPAQUE, CODEC_SEALED, layer, 0, shape.heads, start, end - start, end - start))
+    return b"".join(rows)

@@ -7,30 +7,29 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
+from kvstore.directory import disk_tier, place_of
 from kvstore.errors import BadInput, StoreBusy
 from kvstore.hot import Hot
 from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.policies.pace import Pace
+from kvstore.remote.options import RemoteOptions
+from kvstore.sizes import size_bytes
 from kvstore.tiers.host import HostTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvstore.files import Files
-    from kvstore.tiers.base import Problem
+    from kvstore.store import Store
+    from kvstore.tiers.base import Remote
+    from kvstore.tiers.host import Memory
 
 MIN_HOST = 1 << 20
 MIN_DISK = 4 << 20
 MIN_DEVICE = 1 << 20
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 @dataclass(slots=True)
@@ -39,6 +38,7 @@ class _Shared:
 
     store: LocalStore
     users: int
+    keys: Path | None
 
 
 _open: dict[Path, _Shared] = {}  # guarded by _changed
@@ -55,18 +55,34 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def size_bytes(size: str | int, name: str = "size") -> int:
-    """Bytes of a size such as ``"8GiB"``, ``"500 MB"`` or a plain int. Raises ``BadInput``."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        value = size
-    else:
-        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-        if match is None or match[2].lower() not in _UNITS:
-            raise BadInput(f'{name}={size!r} is not a size; write it as "8GiB", "500MB" or a number of bytes')
-        value = int(Decimal(match[1]) * _UNITS[match[2].lower()])
-    if value <= 0:
-        raise BadInput(f"{name}={size!r} must be more than nothing")
-    return value
+@overload
+def open(
+    path: str | os.PathLike[str] | None = ...,
+    *,
+    host: str | int = ...,
+    disk: str | int = ...,
+    device: str | int | None = ...,
+    device_name: str = ...,
+    on_busy: Literal["error", "memory"] = ...,
+    redis: str | RemoteOptions | None = ...,
+    encryption: str | os.PathLike[str] | None = ...,
+    files: Files | None = ...,
+) -> LocalStore: ...
+
+
+@overload
+def open(
+    path: str | os.PathLike[str] | None = ...,
+    *,
+    host: str | int = ...,
+    disk: str | int = ...,
+    device: str | int | None = ...,
+    device_name: str = ...,
+    on_busy: Literal["connect"],
+    redis: str | RemoteOptions | None = ...,
+    encryption: str | os.PathLike[str] | None = ...,
+    files: Files | None = ...,
+) -> Store: ...
 
 
 def open(
@@ -76,14 +92,17 @@ def open(
     disk: str | int = "8GiB",
     device: str | int | None = None,
     device_name: str = "cuda",
-    on_busy: Literal["error", "memory"] = "error",
+    on_busy: Literal["error", "memory", "connect"] = "error",
+    redis: str | RemoteOptions | None = None,
+    encryption: str | os.PathLike[str] | None = None,
     files: Files | None = None,
-) -> LocalStore:
+) -> Store:
     """Opens a store. Without ``path`` it lives in memory only, and nothing is ever written anywhere.
 
     ``host`` and ``disk`` are byte budgets (``"8GiB"`` or an int) that are never exceeded. A directory that this process
     has open already is shared (its budgets stand, and it closes with the last who closes); one that another process
-    holds raises ``StoreBusy``, or, with ``on_busy="memory"``, gives a store in memory. ``files`` is the door to the
+    holds raises ``StoreBusy``, or, with ``on_busy="memory"``, gives a store in memory, with ``"connect"`` that of the
+    daemon that serves it (see ``connect``). ``files`` is the door to the
     operating system (tests inject faults).
 
     ``device`` is the budget of a tier on the device ``device_name`` ("cuda", "cuda:1", "cpu"), which is taken at once
@@ -91,7 +110,14 @@ def open(
     comes into use. What cannot be had (no such device, no memory left on it, no pinning) is done without, with a line
     in the log and a gauge in ``stats``. Needs torch; without ``device`` none is imported.
 
-    Raises ``BadInput`` for sizes that make no sense and for a directory that is not a cache.
+    ``redis`` is the URL of a Redis that hosts share blocks through, or ``RemoteOptions`` with it. It is connected to
+    beside; whether it answers, slowly or never, the store works. Needs redis-py; without ``redis`` none is imported.
+
+    ``encryption`` is a folder outside of ``path``, for this cache alone: what is on disk is encrypted with one key a
+    namespace, kept there, and what was written with a key that is not there any more is not found. Needs cryptography.
+
+    Raises ``BadInput`` for sizes that make no sense, for a directory that is not a cache, for a key folder that others
+    can read, and for a cache with encrypted blocks without ``encryption``.
     """
     host_bytes = size_bytes(host, "host")
     disk_bytes = size_bytes(disk, "disk")
@@ -99,52 +125,33 @@ def open(
         raise BadInput(f"host={host!r} is too small to hold a block; give at least 1MiB")
     if disk_bytes < MIN_DISK:
         raise BadInput(f"disk={disk!r} is too small for an index and a block; give at least 4MiB")
-    if on_busy not in ("error", "memory"):
-        raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error" or "memory"')
+    if on_busy not in ("error", "memory", "connect"):
+        raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error", "memory" or "connect"')
     wanted = _device_bytes(device, device_name)
+    shared_with, keys = remote(redis), None if encryption is None else place_of(encryption)
     if path is None:
-        return _in_memory(host_bytes, wanted, device_name)
-    place = _place(path)
+        return _in_memory(host_bytes, wanted, device_name, shared_with)
+    place = place_of(path)
     with _changed:
         while (shared := _open.get(place)) is not None and not shared.users:
             _changed.wait()  # it is being closed
         if shared is not None:
+            if shared.keys != keys:
+                raise BadInput(f"{str(place)!r} is open in this process with another encryption=; give the same")
             shared.users += 1
             return shared.store.share()
         try:
-            store = _open_directory(place, host_bytes, disk_bytes, files, wanted, device_name)
+            store = _open_directory(place, host_bytes, disk_bytes, files, wanted, device_name, shared_with, keys)
         except StoreBusy:
+            if on_busy == "connect":
+                from kvstore.daemon import connect
+
+                return connect(place)
             if on_busy == "error":
                 raise
-            return _in_memory(host_bytes, wanted, device_name)
-        _open[place] = _Shared(store, 1)
+            return _in_memory(host_bytes, wanted, device_name, shared_with)
+        _open[place] = _Shared(store, 1, keys)
         return store
-
-
-def verify(path: str | os.PathLike[str]) -> Iterator[int | Problem]:
-    """Reads every block of a directory that no process has open; changes nothing.
-
-    Yields first how many blocks there are, then what is wrong. Raises ``BadInput`` when it is no cache.
-    """
-    from kvstore.files import OsFiles
-    from kvstore.tiers.disk import DiskTier
-
-    tier = DiskTier(OsFiles(), str(_place(path)), None, create=False)
-    try:
-        yield sum(1 for _ in tier.load())
-        yield from tier.verify()
-    finally:
-        tier.close()
-
-
-def _place(path: str | os.PathLike[str]) -> Path:
-    text: object = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise BadInput(f"{text!r} names no directory; give one, or no path at all for a store in memory")
-    try:
-        return Path(text).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links, or no home
-        raise BadInput(f"{text!r} names no directory: {error}; give another") from error
 
 
 def _device_bytes(device: str | int | None, name: str) -> int | None:
@@ -180,24 +187,65 @@ def _hot(device: int | None, name: str) -> Hot | None:
     return Hot(DeviceTier(device, name), LRU())
 
 
-def _in_memory(host: int, device: int | None, name: str) -> LocalStore:
-    return LocalStore(_host(host, device, name), None, Pace(time.monotonic), LRU(), hot=_hot(device, name))
+def remote(redis: str | RemoteOptions | None) -> tuple[Remote, RemoteOptions] | None:
+    """The remote tier that a URL or options stand for, not connected yet. Raises ``BadInput``."""
+    if redis is None:
+        return None
+    options = RemoteOptions(redis) if isinstance(redis, str) else redis
+    try:
+        from kvstore.tiers.redis import RedisTier
+    except ImportError as error:
+        raise BadInput("redis= needs redis-py; install kvstore-llm[redis], or leave out redis=") from error
+    return RedisTier(options.url, options.prefix, options.budget, options.key), options
+
+
+def _in_memory(
+    host: int, device: int | None, name: str, shared_with: tuple[Remote, RemoteOptions] | None
+) -> LocalStore:
+    hot = _hot(device, name)
+    return LocalStore(_host(host, device, name), None, Pace(time.monotonic), LRU(), hot=hot, remote=shared_with)
 
 
 def _open_directory(
-    place: Path, host: int, disk: int, files: Files | None, device: int | None, name: str
+    place: Path,
+    host: int,
+    disk: int,
+    files: Files | None,
+    device: int | None,
+    name: str,
+    shared_with: tuple[Remote, RemoteOptions] | None,
+    keys: Path | None,
 ) -> LocalStore:
-    # Imported here, so that a store in memory needs no LMDB.
-    from kvstore.files import OsFiles
-    from kvstore.tiers.disk import DiskTier
-
     memory = _host(host, device, name)
-    tier = DiskTier(files or OsFiles(), str(place), disk)
+    tier = disk_tier(place, disk, keys, files, shared=shared_with is not None)
     try:
-        hot = _hot(device, name)
-        return LocalStore(memory, tier, *Pace.pair(time.monotonic), lambda: _let_go(place), lambda: _gone(place), hot)
+        hot, policies = _hot(device, name), Pace.pair(time.monotonic)
+        return LocalStore(memory, tier, *policies, lambda: _let_go(place), lambda: _gone(place), hot, shared_with)
     except BaseException:
         tier.close()
+        raise
+
+
+def serving(
+    path: Path | None,
+    host: int,
+    disk: int,
+    memory: Memory,
+    redis: RemoteOptions | None = None,
+    encryption: Path | None = None,
+) -> tuple[LocalStore, HostTier]:
+    """A daemon's store, and its host tier, whose extents are from ``memory``. Sizes in bytes. Raises as ``open``."""
+    if min(host, disk) < MIN_DISK:
+        raise BadInput(f"a tenant needs {MIN_DISK} bytes of memory and of disk at least, not {min(host, disk)}")
+    tier, shared_with = HostTier(host, memory=memory), remote(redis)
+    if path is None:
+        return LocalStore(tier, None, Pace(time.monotonic), LRU(), remote=shared_with), tier
+    keys = None if encryption is None else place_of(encryption)
+    below = disk_tier(place_of(path), disk, keys, shared=shared_with is not None)
+    try:
+        return LocalStore(tier, below, *Pace.pair(time.monotonic), remote=shared_with), tier
+    except BaseException:
+        below.close()
         raise
 
 

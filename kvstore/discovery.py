@@ -22,6 +22,8 @@ from kvstore.residency import Residency
 
 WINDOW = 16  # tokens that one fingerprint covers
 ENTRIES = 1 << 20  # fingerprints that are kept; the oldest go
+MOST = 64  # namespaces, layouts and minimums that are looked into
+LATE = 1 << 14  # new blocks that are remembered until somebody asks
 SAME = 4  # places that are kept of one fingerprint
 PRIME, BASE = (1 << 61) - 1, 0x1F3D5B79A6C8E213
 
@@ -39,18 +41,35 @@ class Discovery:
 
     def __init__(self, residency: Residency, namespace: Namespace, layout: Layout, minimum: int) -> None:
         """Knows what is stored now; ``published`` tells of what comes. The caller holds the store's lock."""
-        self.published: deque[int] = deque()  # numbers of new blocks; whoever holds the store's lock appends
+        # Numbers of new blocks; whoever holds the store's lock appends. Full, it has lost some.
+        self.published: deque[int] = deque(maxlen=LATE)
         self._residency, self._namespace, self._layout, self._minimum = residency, namespace, layout, minimum
         self._lock = threading.Lock()  # guards the table; taken before the store's
         self._table: dict[int, list[Where]] = {}
-        index = residency.index
-        self.published.extend(number for number in range(len(index.key)) if index.key[number])
+        self._stored = self._all()  # and not looked at yet
+
+    def _all(self) -> list[int]:
+        """All blocks there are. Locked."""
+        index = self._residency.index
+        return [number for number in range(len(index.key)) if index.key[number]]
+
+    def _catch_up(self) -> None:
+        """Takes in what is new; where that was lost, everything once more."""
+        if len(self.published) == LATE:
+            self._table.clear()
+            with self._residency.lock:
+                self.published.clear()
+                self._stored = self._all()
+        for number in self._stored:
+            self._learn(number)
+        self._stored = []
+        while self.published:
+            self._learn(self.published.popleft())
 
     def compose(self, token_ids: bytes, known: int) -> Composition:
         """The prompt ``token_ids`` with every run that is stored somewhere as a placement; behind ``known`` tokens."""
         with self._lock:
-            while self.published:
-                self._learn(self.published.popleft())
+            self._catch_up()
             parts: list[Part] = []
             done = 0
             for start, placed in self._runs(token_ids, known):
@@ -130,7 +149,7 @@ class Discovery:
 
 
 class Discoveries:
-    """One ``Discovery`` for each namespace, layout and minimum that was asked for. Any thread."""
+    """One ``Discovery`` for each of the last namespaces, layouts and minimums that were asked for. Any thread."""
 
     def __init__(self, residency: Residency, listeners: list[deque[int]]) -> None:
         """``listeners``: who is told of new blocks; guarded by the residency's lock."""
@@ -143,10 +162,15 @@ class Discoveries:
             raise BadInput(f"runs of {minimum} tokens are too short to look for; give at least {WINDOW}")
         key = (namespace.digest, layout, minimum)
         with self._residency.lock:
-            if key not in self._made:
-                self._made[key] = made = Discovery(self._residency, namespace, layout, minimum)
+            made = self._made.pop(key, None)
+            if made is None:
+                made = Discovery(self._residency, namespace, layout, minimum)
                 self._listeners.append(made.published)
-            return self._made[key]
+            self._made[key] = made  # as the last that was asked for
+            if len(self._made) > MOST:
+                gone = self._made.pop(next(iter(self._made))).published
+                self._listeners[:] = [each for each in self._listeners if each is not gone]
+            return made
 
 
 def winnow(ids: Sequence[int], minimum: int) -> list[tuple[int, int]]:

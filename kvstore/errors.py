@@ -27,6 +27,10 @@ class StoreClosed(KVStoreError):
     """The store was closed before this call."""
 
 
+class Unreachable(KVStoreError):
+    """The daemon is not there, or did not answer in time; the message says which, and what to start."""
+
+
 class ForkError(KVStoreError):
     """The store was opened before a fork and is used in the child; open it again there."""
 

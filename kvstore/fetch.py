@@ -1,4 +1,4 @@
-"""One block on its way from disk to a host slot, and those who wait for its layers.
+"""One block on its way from disk, or from the remote tier, to a host slot, and those who wait for its layers.
 
 Its parts are jobs of the mover. A part may be asked for twice, the second time in more of a hurry; who comes first
 begins it.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from kvstore.block import Header
+from kvstore.index import Index
 from kvstore.mover import Priority
 from kvstore.rates import PART_BYTES
+from kvstore.remote.block import RemoteBlock
 from kvstore.residency import Resident
+
+if TYPE_CHECKING:
+    from kvstore.cipher import Opened
 
 
 class Fetch:
-    """One block on its way from disk to a host slot; one fetch serves all who wait for the block."""
+    """One block on its way to a host slot; one fetch serves all who wait for the block."""
 
     def __init__(
         self,
@@ -29,9 +35,10 @@ class Fetch:
         priority: Priority = Priority.DEMAND,
         turn: tuple[int, int] = (0, 0),
         part_bytes: int = PART_BYTES,
+        block: RemoteBlock | None = None,
     ) -> None:
         """``turn``: its place among fetches of this priority, before and behind the number of the part. ``part_bytes``:
-        of one part, about."""
+        of one part, about. ``block``: it comes from the remote tier, cut as it was there."""
         self.number = number
         self.resident = resident
         self.view = view
@@ -39,11 +46,14 @@ class Fetch:
         self.layout = resident.layout
         self.offsets = self.layout.layer_offsets(resident.stride)
         self.header_bytes = header_bytes
-        self.parts = parts_of(self.offsets, part_bytes)
+        self.block = block
+        groups = () if block is None else block.groups
+        self.parts = [(group.first, group.last) for group in groups] or parts_of(self.offsets, part_bytes)
         # Guarded by the store's lock: the header once it is there, and the tokens that loads expect the block to start
         # with.
-        self.header: Header | None = None
+        self.header: Header | None = None if block is None else block.header
         self.promised: list[bytes] = []
+        self.opened: Opened | None = None  # of a sealed block, set before any part but the first is asked for
         self.progress = threading.Condition()  # guards the fields below
         self.ready = 0  # layers that are in memory and verified, as bits
         self.failed = False
@@ -54,6 +64,18 @@ class Fetch:
         self._left = len(self.parts)  # parts that are not over
         self._begun = 0  # parts that somebody has begun, as bits
         self._spread = False  # the parts behind the first were asked for
+        self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def tier(self) -> str:
+        """Where it comes from: "disk" or "remote"."""
+        return "disk" if self.block is None else "remote"
+
+    def there(self, index: Index) -> bool:
+        """Whether the block still is what it was when the fetch began, and where. Under the store's lock."""
+        if self.block is None:
+            return index.disk[self.number] == self.address
+        return index.remote.get(self.number) is self.block
 
     def turn(self, part: int) -> tuple[Priority, tuple[int, int, int]]:
         """When a part's turn is, for ``Mover.submit``."""
@@ -129,11 +151,29 @@ class Fetch:
     def _bytes(self, parts: Iterable[int]) -> int:
         return sum(self.offsets[self.parts[part][1]] - self.offsets[self.parts[part][0]] for part in parts)
 
+    def catch_up(self, ready: int) -> None:
+        """These layers (bits) are there: another process, whose fetch it is, says so."""
+        with self.progress:
+            self.ready |= ready
+            self._tell()
+
+    def watch(self, told: Callable[[], None]) -> None:
+        """Has ``told`` called now, and each time when layers arrive or it fails, by the thread that notices."""
+        with self.progress:
+            self._watchers.append(told)
+        told()
+
+    def _tell(self) -> None:
+        """Locked by ``progress``."""
+        self.progress.notify_all()
+        for told in self._watchers:
+            told()
+
     def arrive(self, first: int, last: int) -> None:
         """Layers ``first`` to ``last - 1`` are in memory and verified."""
         with self.progress:
             self.ready |= (1 << last) - (1 << first)
-            self.progress.notify_all()
+            self._tell()
 
     def took(self, part: int, begin: float, end: float) -> None:
         """Notes when a part was read and checked."""
@@ -150,7 +190,7 @@ class Fetch:
         """The rest will not come; True the first time."""
         with self.progress:
             first, self.failed = not self.failed, True
-            self.progress.notify_all()
+            self._tell()
         return first
 
     def cancel(self) -> None:
@@ -158,7 +198,7 @@ class Fetch:
         with self.progress:
             self.cancelled = self.cancelled or not self.failed
             self.failed = True
-            self.progress.notify_all()
+            self._tell()
 
     def part_over(self) -> bool:
         """One part is done with, well or not; True for the last."""

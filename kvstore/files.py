@@ -166,6 +166,10 @@ class OsFiles:
         """Whether it is a folder, or a link to one."""
         return os.path.isdir(path)
 
+    def mode(self, path: str) -> int:
+        """Who may do what with it: the permission bits."""
+        return os.stat(path).st_mode & 0o777
+
     def names(self, path: str) -> list[str]:
         """Names in a folder, sorted."""
         return sorted(os.listdir(path))

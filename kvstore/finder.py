@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.families import NONE
-from kvstore.keys import TOKEN_BYTES, Namespace
+from kvstore.keys import TOKEN_BYTES, Namespace, block_key
+from kvstore.kinds import Kind
 from kvstore.known import Known
 from kvstore.layout import Layout
 from kvstore.lease import Lease
 from kvstore.match import Match
+from kvstore.remote.block import RemoteBlock
+from kvstore.remote.tier import RemoteTier
 from kvstore.residency import Residency
 from kvstore.room import tier_of
 
@@ -15,18 +20,23 @@ from kvstore.room import tier_of
 class Finder:
     """Makes matches. One per store."""
 
-    def __init__(self, residency: Residency, known: Known) -> None:
-        self._residency, self._known = residency, known
+    def __init__(self, residency: Residency, known: Known, remote: RemoteTier | None = None) -> None:
+        self._residency, self._known, self._remote = residency, known, remote
 
     def match(self, namespace: Namespace, layout: Layout, tokens: bytes, root: bytes, first: int, whole: bool) -> Match:
         """See ``Store.match``."""
         residency = self._residency
         limit = max(len(tokens) // TOKEN_BYTES - (not whole), 0)
+        keys, elsewhere = list[bytes](), list[RemoteBlock]()
+        if self._remote is not None and len(tokens) >= layout.block_tokens * TOKEN_BYTES:
+            keys = _keys(namespace, layout, tokens, root)
+            elsewhere = self._elsewhere(self._remote, namespace, layout, tokens, root, keys)
         with residency.lock:
             residency.settle()
             now = residency.wall()
             index = residency.index
-            found = index.find(namespace, root, layout, tokens, limit, now)
+            added = self._add(root, elsewhere, now)
+            found = index.find(namespace, root, layout, tokens, limit, now, keys)
             blocks = [(number, layout.block_tokens) for number in found.blocks]
             if found.partial != NONE:
                 blocks.append((found.partial, found.partial_tokens))
@@ -35,15 +45,96 @@ class Finder:
             del blocks[:skipped]
             numbers = [number for number, _ in blocks]
             residency.hold(numbers)
+            for number in added:
+                if number not in index.leases:
+                    residency.drop_remote(number)
             residency.host_policy.touch(numbers)
             residency.disk_policy.touch(numbers)
+            residency.uses.use(numbers, now)
             tiers = [tier_of(residency, number) for number in numbers]
             if residency.disk is not None:
-                residency.disk.touch([index.sequence[n] for n in numbers if n not in residency.residents], now)
+                used = [n for n in numbers if n not in residency.residents and n not in index.remote]
+                residency.disk.touch([index.sequence[n] for n in used], now)
             miss = self._known.explain(namespace, found.tokens, limit, index.chains(root))
         residency.counters.add("matched_tokens", found.tokens)
         residency.counters.add("asked_tokens", limit)
         lease = Lease(numbers, residency.lease_ended)
         skipped *= layout.block_tokens
         held = tokens[skipped * TOKEN_BYTES : found.tokens * TOKEN_BYTES]
-        return Match(layout, blocks, lease, found.tokens, tiers, miss, held, skipped)
+        match = Match(layout, blocks, lease, found.tokens, tiers, miss, held, skipped)
+        for tier, hits in match.tokens_by_tier.items():
+            if hits:
+                residency.counters.add(f"{tier}_hit_tokens", hits)
+        return match
+
+    def _elsewhere(
+        self,
+        remote: RemoteTier,
+        namespace: Namespace,
+        layout: Layout,
+        tokens: bytes,
+        root: bytes,
+        keys: Sequence[bytes],
+    ) -> list[RemoteBlock]:
+        """What the remote tier has of the blocks that are missing here, up to the first that it has not. Not locked."""
+        residency, size = self._residency, layout.block_tokens * TOKEN_BYTES
+        missing, found = list[int](), dict[bytes, RemoteBlock]()
+        with residency.lock:
+            index = residency.index
+            for at, key in enumerate(keys):
+                number = index.number.get(key, NONE)
+                if number in index.remote:  # as long as others hold it
+                    found[key] = index.remote[number]
+                if number == NONE or number in index.remote or not index.present(number):
+                    missing.append(at)
+        asked = [keys[at] for at in missing if keys[at] not in found]
+        found |= remote.seeker.leading(asked) if asked else {}
+        blocks = list[RemoteBlock]()
+        for at in missing:
+            block = found.get(keys[at])
+            parent = keys[at - 1] if at else root
+            if (
+                block is None
+                or remote.hides(block)
+                or not block.is_of(namespace, layout, parent, tokens[at * size : (at + 1) * size])
+            ):
+                break
+            blocks.append(block)
+        return blocks
+
+    def _add(self, root: bytes, blocks: Sequence[RemoteBlock], now: float) -> list[int]:
+        """Makes blocks of the remote tier known, behind each other or behind what is stored here, as far as they are
+        not by now; the caller takes leases. Their numbers, the last one first. Locked."""
+        residency, index, added = self._residency, self._residency.index, list[int]()
+        for block in blocks:
+            header = block.header
+            number, parent = index.number.get(header.key, NONE), index.number.get(header.parent, NONE)
+            if header.root:
+                parent = index.root(root)
+            if parent == NONE or (header.expires and header.expires <= now):
+                break
+            if number != NONE and index.present(number):
+                continue
+            if number != NONE and not index.same(number, parent, header.tokens):
+                break  # cannot be, unless the hash is broken
+            kind = index.intern(
+                Kind(header.namespace, header.fingerprint, header.tenant, header.owner, header.layout, header.writer)
+            )
+            sequence = next(residency.sequences)
+            if number == NONE:
+                count = header.token_count
+                number = index.insert(header.key, parent, kind, count, sequence, header.created, header.expires)
+            else:  # absent, kept for its children
+                index.renew(number, kind, sequence, header.created, header.expires)
+            residency.put_remote(number, block)
+            added.insert(0, number)
+        return added
+
+
+def _keys(namespace: Namespace, layout: Layout, tokens: bytes, root: bytes) -> list[bytes]:
+    """Keys of the whole blocks of a chain."""
+    keys, key, size = list[bytes](), root, layout.block_tokens * TOKEN_BYTES
+    for end in range(size, len(tokens) + 1, size):
+        key = block_key(namespace, key, tokens[end - size : end])
+        keys.append(key)
+    return keys

@@ -7,21 +7,23 @@ Invariants:
 * a number is *present* while some tier holds its bytes; an absent number stays only as long as it has children or
   leases, so that the children are reachable again when it is saved anew;
 * families hold present numbers only;
-* token bytes are in memory for blocks that the host tier holds, and fetched from the disk tier's index for others.
+* token bytes are in memory for blocks that the host tier holds, or that only the remote tier does, and fetched from
+  the disk tier's index for others.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
 from kvstore.families import NONE, Families
 from kvstore.keys import TOKEN_BYTES, Namespace, block_key, common_tokens
+from kvstore.kinds import Kind
 from kvstore.layout import Layout
+from kvstore.remote.block import RemoteBlock
 from kvstore.tiers.base import Entry
 
 Keys = Sequence[bytes]
@@ -34,18 +36,6 @@ class Found(NamedTuple):
     partial: int
     partial_tokens: int
     tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What many blocks share. Interned, so that a block holds a small int for it."""
-
-    namespace: bytes
-    fingerprint: bytes  # empty for blocks that were found on disk
-    tenant: str
-    owner: str
-    layout: Layout
-    writer: str
 
 
 class Index:
@@ -69,6 +59,7 @@ class Index:
         # Few numbers have an entry in these.
         self.tokens: dict[int, bytes] = {}
         self.leases: dict[int, int] = {}
+        self.remote: dict[int, RemoteBlock] = {}  # blocks that no tier of this host holds, while somebody leases them
         self._was: dict[int, bytes] = {}  # digest of the tokens of absent blocks that have children
         self.families = Families(self.tokens_of)
         self.kinds: list[Kind] = []
@@ -146,7 +137,7 @@ class Index:
     def _serves(self, number: int, now: float) -> bool:
         if self.expires[number] and self.expires[number] <= now:
             return False
-        return self.disk[number] != NONE or number in self.tokens
+        return self.disk[number] != NONE or number in self.tokens or number in self.remote
 
     def best_child(self, parent: int, tokens: bytes, now: float) -> tuple[int, int]:
         """The child that shares most leading tokens with ``tokens``, and how many; NONE and 0 when none does."""
@@ -161,11 +152,13 @@ class Index:
     def tokens_of(self, number: int) -> bytes:
         """Token bytes of a block; empty when nobody has them any more."""
         tokens = self.tokens.get(number)
+        if tokens is None and number in self.remote:
+            return self.remote[number].header.tokens
         return tokens if tokens is not None else self._fetch(self.sequence[number]) or b""
 
     def present(self, number: int) -> bool:
         """Whether some tier holds the block's bytes."""
-        return self.disk[number] != NONE or number in self.tokens
+        return self.disk[number] != NONE or number in self.tokens or number in self.remote
 
     def same(self, number: int, parent: int, tokens: bytes) -> bool:
         """Whether a key's block is the one behind ``parent`` with these tokens: always, unless the hash is broken."""
@@ -209,6 +202,11 @@ class Index:
             self._degree[parent] += 1
         return number
 
+    def renew(self, number: int, kind: int, sequence: int, created: float, expires: float) -> None:
+        """An absent number stands for its block once more."""
+        self.kind[number], self.sequence[number] = kind, sequence
+        self.created[number], self.expires[number] = created, expires
+
     def link(self, number: int, tokens: bytes) -> None:
         """The block is present: its parent's family shows it."""
         self._was.pop(number, None)
@@ -235,7 +233,7 @@ class Index:
 
     # -- restart -----------------------------------------------------------------------------------------------
 
-    def restore(self, entries: Iterable[Entry]) -> tuple[list[int], list[Entry]]:
+    def restore(self, entries: Iterable[Entry], used: array[float]) -> tuple[list[int], list[Entry]]:
         """Takes in the blocks found on disk, in order of sequence; the index must be empty.
 
         Returns their numbers in the order in which to evict them: by last use, children before parents. And the
@@ -243,7 +241,7 @@ class Index:
         """
         assert not self.key
         kinds: dict[tuple[bytes, str, str, int], int] = {}
-        number, keys, parents, used = self.number, self.key, self.parent, array("d")
+        number, keys, parents = self.number, self.key, self.parent
         add_key, add_parent, add_used = keys.append, parents.append, used.append
         integers = (self.kind, self.count, self.sequence, self.disk, self.stride)
         add_kind, add_count, add_sequence, add_disk, add_stride = (column.append for column in integers)
@@ -252,7 +250,7 @@ class Index:
         apart: list[Entry] = []
         for entry in chain(entries, _again(apart)):
             (sequence, address, key, above, namespace, tenant, owner, layout,
-             tokens, stride, created, expires, when, root, _) = entry
+             tokens, stride, created, expires, when, root, _, _) = entry
             # fmt: on
             parent = self.root(above) if root else number.get(above, NONE)
             if parent == NONE or key in number:

@@ -66,4 +66,4 @@ class Answer:
     name: Hashable
     state: State
     tokens: int  # that are stored
-    tokens_by_tier: dict[str, int]  # "device", "host", "disk"; what is on its way counts as on disk
+    tokens_by_tier: dict[str, int]  # "device", "host", "disk", "remote"; what is on its way counts where it comes from

@@ -211,6 +211,8 @@ class Keeper:
     def _write(self, number: int) -> str:
         """It is in the last tier, or queued to be written there."""
         residency = self._residency
+        if number in residency.index.remote:
+            return "the rest is on other hosts only; load it first"
         if residency.disk is None or residency.index.disk[number] != NONE:
             return ""
         resident = residency.residents[number]
@@ -225,7 +227,7 @@ class Keeper:
         hot = self._residency.hot
         if number in self._residency.residents or (hot is not None and number in hot):
             return self._write(number)
-        return "the rest is only on disk; load it first"
+        return "the rest is not in memory; load it first"
 
     def _raise(self, keep: Keep, uploads: list[Upload]) -> bool:
         """The blocks are on the device, or on their way; those are dropped for which there is no room (then False)."""

@@ -71,6 +71,17 @@ class Keeping:
         self._tie = count()
         self._over = 0  # keeps that ended since the heap was last without such
 
+    def resize(self, tier: str, capacity: int) -> int:
+        """A tier gets another capacity, unless too much is kept there for it; then returns how many bytes."""
+        accounts = {self.pins[tier]: int(capacity * PIN_SHARE)}
+        if tier == self.last:
+            accounts[self.retained] = int(capacity * RETAIN_SHARE)
+        if any(account.bytes > limit for account, limit in accounts.items()):
+            return sum(account.bytes for account in accounts)
+        for account, limit in accounts.items():
+            account.limit = limit
+        return 0
+
     def stays(self, tier: str, number: int) -> bool:
         """Whether a block is not to be evicted from a tier. O(1)."""
         return number in self.pins[tier].sizes or (tier == self.last and number in self.retained.sizes)

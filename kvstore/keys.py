@@ -20,6 +20,7 @@ from kvstore.errors import BadInput
 
 KEY_BYTES = 32
 TOKEN_BYTES = 4
+MAX_NAME = 255  # bytes of an owner, a tenant or a writer
 FORMAT = "kvstore/1"
 
 # Typed items of the canonical encoding. New kinds get new tags; a tag is never reused.
@@ -113,6 +114,13 @@ def name_bytes(name: str, what: str) -> bytes:
         return name.encode()
     except (UnicodeEncodeError, AttributeError):
         raise BadInput(f"{what}={name!r} is no text that can be stored; use a plain string") from None
+
+
+def check_names(owner: str, tenant: str, writer: str) -> None:
+    """Raises ``BadInput`` where one of them cannot be kept with a block."""
+    names = name_bytes(owner, "owner"), name_bytes(tenant, "tenant"), name_bytes(writer, "writer")
+    if max(map(len, names)) > MAX_NAME:
+        raise BadInput(f"owner, tenant and writer may take {MAX_NAME} bytes each; use a shorter name or a digest")
 
 
 def encode(items: Iterable[tuple[bytes, bytes]]) -> bytes:

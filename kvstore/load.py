@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import time
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvstore.block import address_of, copy_checked
+from kvstore.block import address_of
+from kvstore.checksum import copy_digests
 from kvstore.errors import BadInput
 from kvstore.fetch import Fetch
 from kvstore.hot import Hold, Hot, Slot
 from kvstore.match import Match
-from kvstore.residency import Residency, Resident
+from kvstore.residency import Resident
 
 if TYPE_CHECKING:
     from kvstore.tensors.streams import Event, Stream
@@ -31,6 +33,7 @@ class Source(NamedTuple):
     held: Resident | Fetch | None
     view: memoryview | None
     slot: Slot | None
+    base: int = 0  # where ``view`` begins in memory
 
     @property
     def stride(self) -> int:
@@ -68,10 +71,21 @@ class Place(NamedTuple):
     hot: bool = False
 
 
+class Home(Protocol):
+    """What a load needs of the store that it is of."""
+
+    @property
+    def hot(self) -> Hot | None:
+        """Who knows what is on the device."""
+
+    def load_ended(self, hold: Hold) -> None:
+        """The load is over; called by finalizers, so it takes no lock."""
+
+
 class Load:
     """A load under way. Methods may be called from one thread at a time; none of them raises for what tiers do."""
 
-    def __init__(self, match: Match, sources: list[Source], residency: Residency, hold: Hold) -> None:
+    def __init__(self, match: Match, sources: list[Source], residency: Home, hold: Hold) -> None:
         self.layout = match.layout
         self.tokens = sum(source.tokens for source in sources)
         self.token_ids = match.token_ids
@@ -92,6 +106,18 @@ class Load:
         deadline = time.monotonic() + (DEADLINE if timeout is None else timeout)
         return all(fetch.wait(layer, deadline) for fetch in self._fetches)
 
+    lent = False  # whether somebody else may take away what it holds
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Its blocks."""
+        return self._sources
+
+    def intact(self) -> bool:
+        """Whether all that was copied so far was what it should be: asked after each copy. In the store's own process
+        a lease holds what it holds; elsewhere, its holder may have been taken for dead meanwhile."""
+        return True
+
     def good_tokens(self, layer: int = 0) -> int:
         """Leading tokens up to the first block that is known to have failed at or before ``layer``."""
         good = 0
@@ -103,12 +129,13 @@ class Load:
         return good
 
     def tokens_by_tier(self, stop: int, first: int = 0) -> dict[str, int]:
-        """Where tokens ``first`` to ``stop`` of the load come from: the device, memory, or the disk."""
-        tiers = {"device": 0, "host": 0, "disk": 0}
+        """Where tokens ``first`` to ``stop`` of the load come from, by tier."""
+        tiers = {"device": 0, "host": 0, "disk": 0, "remote": 0}
         start = 0
         for source in self._sources:
             used = max(0, min(start + source.tokens, stop) - max(start, first))
-            tiers["device" if source.held is None else "disk" if isinstance(source.held, Fetch) else "host"] += used
+            held = source.held
+            tiers["device" if held is None else held.tier if isinstance(held, Fetch) else "host"] += used
             start += source.tokens
         return tiers
 
@@ -147,7 +174,7 @@ class Load:
         bases = []
         for source in self._sources:
             if source.view is not None:
-                base = address_of(source.view) + self.layout.header_bytes
+                base = source.base + self.layout.header_bytes
             else:
                 assert source.slot is not None
                 base = source.slot.pointer
@@ -180,15 +207,15 @@ class Load:
             size = layout.payload_bytes(held.stride)
             if size > room - written:
                 break
+            payload = source.base + header
             if not check or held.checksums is None:
-                ctypes.memmove(target + written, address_of(view) + header, size)
+                ctypes.memmove(target + written, payload, size)
             else:
-                payload = view[header : header + size]
-                copied = copy_checked(buffer[written : written + size], payload, layout, held.stride)
-                if copied != held.checksums:
+                into = buffer[written : written + size]
+                if copy_digests(layout, held.stride, into, target + written, payload) != held.checksums:
                     break
             written += size
-        return written
+        return written if self.intact() else 0
 
     # -- streams: what reads and writes the blocks behind the caller's back -----------------------------------------
 

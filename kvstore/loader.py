@@ -1,24 +1,23 @@
-"""Starts loads: what a match found is brought from disk to host memory, layer 0 of all blocks first, and checked."""
+"""Starts loads: what a match found is brought to host memory, layer 0 of all blocks first."""
 
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from kvstore.block import bad_pieces, decode_header
-from kvstore.errors import Corrupt, TierError
 from kvstore.families import NONE
 from kvstore.fetch import Fetch
 from kvstore.hot import Hold, Slot
+from kvstore.intake import Intake
 from kvstore.keys import TOKEN_BYTES
 from kvstore.lease import Lease
 from kvstore.load import Load, Source, placed
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
 from kvstore.prospect import Prospect, prospect
+from kvstore.remote.tier import RemoteTier
 from kvstore.residency import Residency, Resident
 from kvstore.room import held_bytes, reserve_host
 from kvstore.tensors.streams import ThreadStream
@@ -29,14 +28,14 @@ LEASE_SHARE = 0.75  # of the host tier's capacity that leases may hold
 
 
 class Loader:
-    """Starts fetches and settles them. One per store."""
+    """Starts fetches, which its ``Intake`` settles. One per store."""
 
-    def __init__(self, residency: Residency, mover: Mover) -> None:
-        self._residency = residency
-        self._mover = mover
-        self._fetches: dict[int, Fetch] = {}  # guarded by residency.lock
-        self._worker: ThreadStream | None = None  # likewise
-        self.ahead: dict[int, Resident] = {}  # blocks that were prefetched, or are, and no load has used; likewise
+    def __init__(self, residency: Residency, mover: Mover, remote: RemoteTier | None = None) -> None:
+        self._residency, self._mover, self._remote = residency, mover, remote
+        self._intake = Intake(residency, mover, remote)
+        self.submit = self._intake.submit  # asks for a part of a fetch that was started; not locked
+        self._fetches, self.ahead = self._intake.fetches, self._intake.ahead
+        self._worker: ThreadStream | None = None  # guarded by residency.lock
         self.reserve: Callable[[int], int | None] = partial(reserve_host, residency)  # a host slot for a load; locked
         self._holds: weakref.WeakSet[Hold] = weakref.WeakSet()  # of loads that streams may still work for
 
@@ -82,10 +81,11 @@ class Loader:
                 if not self._promises(held, number, piece):
                     break
                 position += len(piece)
-                sources.append(Source(number, tokens, held, self._view(held), slot))
+                sources.append(Source(number, tokens, held, self._view(held), slot, self._base(held)))
             chain = [number for number, _ in match.blocks]
             residency.host_policy.arrange(chain)
-            residency.admit(chain if lease.active else ())
+            for tell in (residency.admit, residency.share):
+                tell(chain if lease.active else ())
             if hot is not None:
                 sources = placed(sources, hot, slots)
             hold = Hold(lease, slots)
@@ -100,14 +100,15 @@ class Loader:
         disk, writing, part = rates.reads, rates.writing, rates.part_bytes
         with self._residency.lock:
             self._residency.check_open()
-            return prospect(matches, device, self._residency, self._fetches, disk, writing, part)
+            remote = None if self._remote is None else self._remote.reads
+            return prospect(matches, device, self._residency, self._fetches, (disk, remote), writing, part)
 
     def gauges(self) -> dict[str, int]:
         """How the disk is; nothing where there is none. Any thread."""
         if self._residency.disk is None:
             return {}
         with self._residency.lock:
-            queued = sum(fetch.left for fetch in self._fetches.values())
+            queued = sum(fetch.left for fetch in self._fetches.values() if fetch.block is None)
         return {**self._mover.rates.gauges(), "disk_queued_read_bytes": queued}
 
     def _view(self, held: Resident | Fetch | None) -> memoryview | None:
@@ -115,22 +116,31 @@ class Loader:
             return None
         return held.view if isinstance(held, Fetch) else self._residency.host.view(held.address)
 
+    def _base(self, held: Resident | Fetch | None) -> int:
+        resident = held.resident if isinstance(held, Fetch) else held
+        return 0 if resident is None else self._residency.host.pointer(resident.address)
+
     def start(self, number: int, priority: Priority, turn: tuple[int, int]) -> Fetch | None:
-        """A fetch of a block that is only on disk, whose first part the caller submits; None: no room. Locked."""
+        """A fetch of a block that is on disk, or else in the remote tier, whose first part the caller submits; None: no
+        room. Locked."""
         residency, index = self._residency, self._residency.index
-        address, stride = index.disk[number], index.stride[number]
-        if address == NONE:
-            return None
+        address, stride, block = index.disk[number], index.stride[number], None
         layout = index.kind_of(number).layout
+        if address == NONE:
+            block, stride = index.remote.get(number), layout.block_tokens
+            if block is None:
+                return None
         demand, size = priority == Priority.DEMAND, layout.class_bytes(stride)
         slot = self.reserve(size) if demand else reserve_host(residency, size)
         if slot is None:
             return None
-        resident = Resident(slot, layout, stride, residency.payload(number), clean=True)
+        resident = Resident(slot, layout, stride, residency.payload(number), clean=block is None)
         view, part = residency.host.view(slot), self._mover.rates.part_bytes
-        fetch = Fetch(number, resident, view, address, layout.header_bytes, priority, turn, part)
+        fetch = Fetch(number, resident, view, address, layout.header_bytes, priority, turn, part, block)
         residency.hold([number])
         self._fetches[number] = fetch
+        if block is not None:
+            block.taken = True
         # Known to the policy from the start, so that its chain can be put in order at once.
         residency.host_policy.insert(number, residency.arrival(number))
         if not demand:
@@ -153,6 +163,8 @@ class Loader:
         self.ahead.pop(number, None)
         residency.host_policy.remove(number)
         residency.host.free(fetch.resident.address)
+        if fetch.block is not None:
+            fetch.block.taken = False
         residency.unhold([number])
         residency.counters.add("prefetch_cancelled_blocks")
         residency.changed.notify_all()
@@ -173,41 +185,6 @@ class Loader:
         source.promised.append(piece)
         return source.header is None or source.header.tokens.startswith(piece)
 
-    def submit(self, fetch: Fetch, part: int) -> None:
-        """Asks for a part of a fetch. Not locked."""
-        priority, turn = fetch.turn(part)
-        if not self._mover.submit(priority, turn, lambda: self._run(fetch, part)):
-            fetch.cancel()  # the store is closing: ``abort`` settles it
-
-    def _run(self, fetch: Fetch, part: int) -> None:
-        if not fetch.begin(part):
-            return
-        first, last = fetch.parts[part]
-        try:
-            if not fetch.failed:
-                begin = time.perf_counter()
-                self._read(fetch, part)
-                fetch.took(part, begin, time.perf_counter())
-                fetch.arrive(first, last)
-        except TierError as error:
-            self._fail(fetch, error)
-        except BaseException:  # a bug; whoever waits must not wait for ever
-            fetch.fail()
-            raise
-        finally:
-            if part == 0:
-                for following in fetch.spread():
-                    self.submit(fetch, following)
-            if fetch.part_over():
-                self._settle(fetch)
-
-    def _fail(self, fetch: Fetch, error: TierError) -> None:
-        """A part could not be read or is not what was written: waiters learn it at once."""
-        if fetch.fail():
-            kind = "corrupt_blocks" if isinstance(error, Corrupt) else "failed_reads"
-            self._residency.counters.add(kind)
-            log.warning("a block on disk is dropped: %s", error)
-
     def worker(self) -> ThreadStream:
         """The thread that brings layers to engines ahead of their asking; started by the first who asks. Any thread."""
         with self._residency.lock:
@@ -217,9 +194,9 @@ class Loader:
             return self._worker
 
     def close(self) -> None:
-        """The mover is closed: what waits for it fails, the worker's thread ends, and streams have done what was asked
-        of them for loads: the memory that they work on goes next."""
-        self.abort()
+        """The movers are closed: what waits for them fails, the worker's thread ends, and streams have done what was
+        asked of them for loads: the memory that they work on goes next."""
+        self._intake.abort()
         if self._worker is not None:
             self._worker.close()
         for hold in list(self._holds):
@@ -228,66 +205,3 @@ class Loader:
                     event.wait()
                 except RuntimeError as error:
                     log.warning("the device has failed, and works on no memory any more: %s", error)
-
-    def abort(self) -> None:
-        """The mover is closed and its jobs are gone: fetches that have not settled fail now."""
-        with self._residency.lock:
-            left = list(self._fetches.values())
-        for fetch in left:
-            fetch.cancel()
-            self._settle(fetch)
-
-    def _read(self, fetch: Fetch, part: int) -> None:
-        """Reads one part (the first with the header) into the slot and checks every piece of it."""
-        tier = self._residency.disk
-        assert tier is not None
-        first, last = fetch.parts[part]
-        begin = 0 if part == 0 else fetch.header_bytes + fetch.offsets[first]
-        end = fetch.header_bytes + fetch.offsets[last]
-        with self._mover.rates.moving("read", end - begin):
-            tier.read(fetch.address, begin, fetch.view[begin:end])
-        self._residency.counters.add("disk_read_bytes", end - begin)
-        if part == 0:
-            self._check_header(fetch)
-        assert fetch.header is not None
-        payload = fetch.view[fetch.header_bytes :]
-        bad = next(bad_pieces(fetch.header, payload, first, last), None)
-        if bad is not None:
-            raise Corrupt(f"checksum of layer {bad[0]} differs")
-
-    def _check_header(self, fetch: Fetch) -> None:
-        header = decode_header(fetch.view[: fetch.header_bytes])
-        residency = self._residency
-        with residency.lock:
-            index, number = residency.index, fetch.number
-            kind = index.kind_of(number)
-            expected = (index.key[number], kind.namespace, kind.layout, fetch.resident.stride, index.count[number])
-            fetch.header = header
-            kept = all(header.tokens.startswith(piece) for piece in fetch.promised)
-        if not kept or (header.key, header.namespace, header.layout, header.stride, header.token_count) != expected:
-            raise Corrupt("the slot holds another block than the index says")
-
-    def _settle(self, fetch: Fetch) -> None:
-        """No part runs any more. The block is resident, or a miss from now on.
-
-        A reader may still copy layers that came in well from the slot of a fetch that failed later, so that slot goes
-        back with the last lease on the block, not before.
-        """
-        residency, number, resident = self._residency, fetch.number, fetch.resident
-        with residency.lock:
-            del self._fetches[number]
-            still_there = residency.index.disk[number] == fetch.address
-            if still_there and not fetch.failed and fetch.header is not None:
-                resident.checksums = fetch.header.checksums
-                residency.put_host(number, resident, fetch.header.tokens)
-                if fetch.prefetched:
-                    residency.counters.add("prefetched_blocks")
-                    residency.counters.add("prefetched_bytes", resident.payload)
-            else:
-                self.ahead.pop(number, None)
-                residency.host_policy.remove(number)
-                residency.keep_until_unleased(number, resident)
-                if still_there and not fetch.cancelled:
-                    residency.drop_disk(number)
-            residency.unhold([number])
-            residency.changed.notify_all()

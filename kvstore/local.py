@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvstore import budget
 from kvstore.admission import Admission
 from kvstore.census import census
 from kvstore.composition import Composition
@@ -29,17 +31,21 @@ from kvstore.notes import Notes
 from kvstore.policy import EvictionPolicy
 from kvstore.prefetch import Prefetcher
 from kvstore.prospect import Prospect
+from kvstore.remote.options import RemoteOptions
+from kvstore.remote.tier import RemoteTier
 from kvstore.residency import Residency
 from kvstore.restore import restore
-from kvstore.save import Draft, Saved, Saver
+from kvstore.save import Draft, Saved, Saver, check_drafts
+from kvstore.segments import Segment, segment_match, segments
 from kvstore.store import CLOSE_SECONDS, Store
 from kvstore.tensors.streams import ThreadStream
-from kvstore.tiers.base import Problem, Tier
+from kvstore.tiers.base import Problem, Remote, Tier
 from kvstore.tiers.host import HostTier
 from kvstore.writer import Writer
 
 log = logging.getLogger("kvstore")
 
+RESIZE_SECONDS = 10.0
 LEARNED = "policies/host"  # the note that keeps what the policy has learned; that of the disk shares it
 
 
@@ -55,29 +61,32 @@ class LocalStore(Store):
         on_close: Callable[[], bool] = lambda: True,
         closed: Callable[[], None] = lambda: None,
         hot: Hot | None = None,
+        remote: tuple[Remote, RemoteOptions] | None = None,
     ) -> None:
         """``on_close`` says whether this call of ``close`` is the last of those who share the store; ``closed`` is
         called when the last has let go of everything."""
         self._residency = Residency(host, disk, host_policy, disk_policy, hot)
         self._mover = Mover(on_error=lambda: self._residency.counters.add("failed_jobs"))
-        self._loader = Loader(self._residency, self._mover)
+        self._remote = None if remote is None else RemoteTier(self._residency, *remote)
+        self._loader = Loader(self._residency, self._mover, self._remote)
         self._prefetcher = Prefetcher(self._residency, self._loader, self._mover)
         self._keeper = Keeper(self._residency, self._loader, self._prefetcher.uploader)
         self._writer = Writer(self._residency, self._mover)
         self._admission = Admission(self._residency, self._writer)
         self._saver = Saver(self._residency, self._writer)
-        self._eraser = Eraser(self._residency, self._mover)
+        self._eraser = Eraser(self._residency, self._mover, self._remote)
         self._on_close, self._when_closed = on_close, closed
         self._pid, self._closed = os.getpid(), False
         self._notes = Notes(disk)
         self._known = Known(self._notes.recall, self._notes.remember)
-        self._finder = Finder(self._residency, self._known)
+        self._finder = Finder(self._residency, self._known, self._remote)
         self._discoveries = Discoveries(self._residency, self._saver.listeners)
         if disk is not None:
             restore(self._residency, disk)
             self._residency.host_policy.learn(self._notes.recall(LEARNED) or "")
 
     def share(self) -> LocalStore:
+        """One more handle on this store, closed apart: what they share closes with the last."""
         other = copy.copy(self)
         other._closed = False
         return other
@@ -133,6 +142,19 @@ class LocalStore(Store):
         self._alive()
         return self._saver.drafts(layout, count)
 
+    def lacking(
+        self,
+        namespace: Namespace,
+        layout: Layout,
+        token_ids: object,
+        numbers: Sequence[int],
+        *,
+        root: bytes | None = None,
+    ) -> list[int]:
+        """Of these blocks of a chain, by their number in it, those that are not in memory: what a save needs."""
+        self._alive()
+        return self._saver.lacking(namespace, root or namespace.root, layout, token_bytes(token_ids), numbers)
+
     def save(
         self,
         namespace: Namespace,
@@ -149,7 +171,7 @@ class LocalStore(Store):
         tokens = token_bytes(token_ids)
         if ttl is not None and not ttl > 0:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
-        self._saver.check(layout, drafts)
+        check_drafts(layout, drafts, lambda draft: draft.usable(self._residency))
         self._known.add(namespace)
         return self._saver.save(namespace, root or namespace.root, layout, tokens, drafts, owner, ttl, writer)
 
@@ -176,8 +198,29 @@ class LocalStore(Store):
         self._alive()
         return self._eraser.forget(tenant, owner, older_than, match)
 
+    def segment(self, id: str) -> Match:
+        """A segment by the leading digits of its id, as a match of its own blocks, which does not tell their token ids:
+        to pin, retain, demote or forget it. Raises ``BadInput`` when there is none, or more than one."""
+        return segment_match(self._alive(), id)
+
+    def resize(self, host: int, timeout: float = RESIZE_SECONDS) -> int:
+        """Gives host memory another budget, in bytes; returns the bytes that it takes then. They are more than the
+        budget only as long as leases, drafts or writes hold what has to go; meanwhile no more memory is taken. Returns
+        within ``timeout`` seconds, and what is left goes later. Raises ``BadInput`` for a budget that cannot be had, or
+        cannot hold what is pinned."""
+        return budget.resize(self._alive(), host, timeout)
+
     def stats(self) -> dict[str, Any]:
-        return census(self._alive(), self._loader.gauges())
+        budget.settle(self._alive())
+        return census(self._alive(), self._loader.gauges(), self._remote)
+
+    def segments(self, limit: int = 100, tenant: str | None = None) -> list[Segment]:
+        return segments(self._alive(), limit, tenant)
+
+    def saved(self, seconds: float) -> None:
+        residency = self._alive()
+        with residency.lock:
+            residency.uses.saved(seconds)
 
     def remember(self, name: str, value: str) -> None:
         self._alive()
@@ -193,7 +236,14 @@ class LocalStore(Store):
 
     def flush(self, timeout: float | None = None) -> bool:
         self._alive()
-        return self._writer.flush(timeout)
+        return self._flush(timeout)
+
+    def _flush(self, timeout: float | None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        written = self._writer.flush(timeout)
+        if self._remote is None:
+            return written
+        return self._remote.flush(None if deadline is None else max(deadline - time.monotonic(), 0.0)) and written
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
         if os.getpid() != self._pid:
@@ -206,10 +256,12 @@ class LocalStore(Store):
         if not self._on_close():
             return
         try:
-            self._writer.flush(timeout)
+            self._flush(timeout)
             with residency.lock:
                 residency.closed = True
             self._mover.close()
+            if self._remote is not None:
+                self._remote.close()
             self._loader.close()
             self._writer.abort()
             with residency.lock:

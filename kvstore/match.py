@@ -45,7 +45,7 @@ class Match:
         self.blocks = blocks
         self.lease = lease
         self.tokens = tokens
-        self.tiers = tiers  # of the blocks: "device", "host" or "disk"
+        self.tiers = tiers  # of the blocks: "device", "host", "disk" or "remote"
         self.miss = miss
         self.token_ids = token_ids  # of ``blocks``
         self.skipped = skipped  # leading tokens whose blocks are no part of it
@@ -60,7 +60,7 @@ class Match:
     @property
     def tokens_by_tier(self) -> dict[str, int]:
         """Where the tokens of its blocks were when it was made."""
-        found = {"device": 0, "host": 0, "disk": 0}
+        found = {"device": 0, "host": 0, "disk": 0, "remote": 0}
         for tier, (_, tokens) in zip(self.tiers, self.blocks, strict=True):
             found[tier] += tokens
         return found

@@ -165,7 +165,7 @@ class Outlook:
 
     def _near(self, number: int) -> bool:
         """Whether a block is in host memory or on the device."""
-        return tier_of(self._residency, number) != "disk"
+        return tier_of(self._residency, number) in ("device", "host")
 
     def answers(self) -> list[Answer]:
         """What ``Store.schedule`` returns."""
@@ -181,7 +181,7 @@ class Outlook:
 
     def _tokens(self, job: Waiting) -> tuple[int, dict[str, int]]:
         """All tokens that are stored, and by tier."""
-        tiers = {"device": 0, "host": 0, "disk": 0}
+        tiers = {"device": 0, "host": 0, "disk": 0, "remote": 0}
         for number, tokens in job.blocks:
             tiers[tier_of(self._residency, number)] += tokens
         return sum(tiers.values()), tiers

@@ -1,4 +1,4 @@
-"""What loading matches would take: which bytes are where, and how the disk is."""
+"""What loading matches would take: which bytes are where, and how the disk and the remote tier are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvstore.policies.cost import Line
 from kvstore.policies.split import Portion
 from kvstore.policies.split import Prospect as Prospect
 from kvstore.residency import Residency
+from kvstore.room import tier_of
 
 
 def prospect(
@@ -17,13 +18,14 @@ def prospect(
     device: bool,
     residency: Residency,
     fetches: Mapping[int, Fetch],
-    disk: Line | None,
+    speeds: tuple[Line | None, Line | None],
     writing: int,
     part_bytes: int,
 ) -> Prospect:
     """Of matches of one layout that are loaded together; a block that several have is read once. Locked.
 
-    ``disk``: its speed. ``writing``: bytes of writes that are under way. ``part_bytes``: that are read at once.
+    ``speeds``: of the disk, and of the remote tier. ``writing``: bytes of writes to disk that are under way.
+    ``part_bytes``: that are read from it at once.
     """
     layout, seen = matches[0].layout, set[int]()
 
@@ -34,13 +36,18 @@ def prospect(
             return Portion(tokens, "device", 0)
         if number in residency.residents:
             return Portion(tokens, "host", 0)
-        fetch = fetches.get(number)
-        size = fetch.left if fetch is not None else layout.slot_bytes(residency.index.stride[number])
-        return Portion(tokens, "disk", 0 if again else size)
+        fetch, tier = fetches.get(number), tier_of(residency, number)
+        stride = layout.block_tokens if tier == "remote" else residency.index.stride[number]
+        size = fetch.left if fetch is not None else layout.slot_bytes(stride)
+        return Portion(tokens, tier, 0 if again else size)
 
     rows = [[portion(number, tokens) for number, tokens in match.blocks] for match in matches]
-    queued = writing + sum(fetch.ahead for number, fetch in fetches.items() if number not in seen)
+    before = {"disk": writing, "remote": 0}
+    for number, fetch in fetches.items():
+        if number not in seen:
+            before[fetch.tier] += fetch.ahead
     layers = len(layout.layers)
     parts = parts_of(layout.layer_offsets(layout.block_tokens), part_bytes)
     steps = [(first / layers, last / layers) for first, last in parts]
-    return Prospect(rows, disk, queued, steps, layout.token_payload, layers)
+    disk, remote = speeds
+    return Prospect(rows, disk, before["disk"], steps, layout.token_payload, layers, remote, before["remote"])

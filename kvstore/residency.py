@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count as counter
 
+from kvstore.doomed import Doomed, DoomedSlots
 from kvstore.errors import StoreClosed
 from kvstore.expiry import Expiry
 from kvstore.families import NONE
@@ -29,8 +30,10 @@ from kvstore.layout import Layout
 from kvstore.metrics import Counters
 from kvstore.policies.look_ahead import LookAhead
 from kvstore.policy import Arrival, EvictionPolicy
+from kvstore.remote.block import RemoteBlock
 from kvstore.tiers.base import Tier
 from kvstore.tiers.host import HostTier
+from kvstore.uses import Uses
 
 
 @dataclass(slots=True, eq=False)
@@ -46,16 +49,6 @@ class Resident:
     failed: bool = False  # its disk write failed; counted once, never tried again
     unwanted: bool = False  # not worth a write while the disk is full
     demoted: bool = False  # goes from here as soon as it is on disk
-
-
-@dataclass(slots=True)
-class Doomed:
-    """Bytes that only leases keep alive."""
-
-    resident: Resident | None
-    disk: int
-    erase: bool
-    kind: int = NONE
 
 
 class Residency:
@@ -78,20 +71,19 @@ class Residency:
         self.index = Index(disk.tokens if disk is not None else lambda _: None)
         self.residents: dict[int, Resident] = {}
         self.host_payload = self.disk_payload = 0
-        self.wall, self.sequences = wall, counter(1)
+        self.wall, self.sequences, self.uses = wall, counter(1), Uses(self.index, wall)
         self.keeping = Keeping({"host": host, "disk": disk, "device": hot.tier if hot is not None else None})
         if hot is not None:
             hot.stays = partial(self.keeping.stays, "device")
         self.write_soon: Callable[[int], None] = lambda _: None  # set by the writer: a dirty block is to be written
         self.admit: Callable[[Sequence[int]], None] = lambda _: None  # likewise: a chain is saved, or used anew
+        self.share: Callable[[Sequence[int]], None] = lambda _: None  # likewise, for the remote tier
         self.erase_soon: Callable[[], None] = lambda: None  # set by the store: ``take_erasable`` has something
-        self._doomed: dict[int, list[Doomed]] = {}
-        self._to_erase: list[Doomed] = []
+        self.doomed = DoomedSlots(host, disk, lambda: self.erase_soon())
         # Filled by finalizers, which may run anywhere and so take no lock; taken in by ``settle``.
         self._ended_loads = deque[Hold]()
         self._ended_leases, self._abandoned_slots = deque[Sequence[int]](), deque[int]()
-        self._expiry = Expiry()
-        self.drafts, self.closed = 0, False  # once it is closed, there are no more loads, drafts and saves
+        self._expiry, self.drafts, self.closed = Expiry(), 0, False  # closed: no more loads, drafts and saves
 
     def check_open(self) -> None:
         """Raises ``StoreClosed`` once the store closes: what comes now could neither be kept nor given back. Locked."""
@@ -114,7 +106,7 @@ class Residency:
         """A written slot that is nobody's block after all: the block was forgotten meanwhile. Locked."""
         if self.disk is not None:
             self.disk.forget([sequence])
-        self._give_back(Doomed(None, address, erase=True))
+        self.doomed.give_back(Doomed(NONE, address, erase=True))
 
     # -- leases ------------------------------------------------------------------------------------------------
 
@@ -166,8 +158,9 @@ class Residency:
             if leases[number]:
                 continue
             del leases[number]
-            for doomed in self._doomed.pop(number, ()):
-                self._give_back(doomed)
+            self.doomed.unleased(number)
+            if number in index.remote:
+                self.drop_remote(number)
             index.sweep(number)
 
     # -- presence ----------------------------------------------------------------------------------------------
@@ -177,6 +170,7 @@ class Residency:
         if not self.index.present(number):
             self.index.link(number, tokens)
         self.index.tokens[number] = tokens
+        self.index.remote.pop(number, None)
         self.residents[number] = resident
         self.host_payload += resident.payload
         self.host_policy.insert(number, self.arrival(number))
@@ -215,57 +209,47 @@ class Residency:
             self.disk.free(address)
         self.index.sweep(number)
 
+    def put_remote(self, number: int, block: RemoteBlock) -> None:
+        """A block is known to be in the remote tier, and nowhere else; the caller takes a lease. Locked."""
+        self.index.remote[number] = block
+        self.index.link(number, block.header.tokens)
+
+    def drop_remote(self, number: int) -> None:
+        """A block that is in the remote tier only is known no more. Locked."""
+        if number in self.index.remote:
+            self._leave(number)
+            del self.index.remote[number]
+            self.index.sweep(number)
+
     def doom(self, number: int, erase: bool) -> bool:
         """Makes a block invisible now; its bytes go now, or with its last lease (then True). Locked."""
         index = self.index
         if not index.present(number):
             return False
         self._leave(number, erase)
+        index.remote.pop(number, None)
         disk = self._forget_disk(number, linked=False)
         if disk != NONE and self.disk is not None:
             self.disk.forget([index.sequence[number]])  # now, so that no restart brings it back
-        doomed = Doomed(self._forget_host(number, linked=False), disk, erase, index.kind[number])
+        resident = self._forget_host(number, linked=False)
+        doomed = Doomed(NONE if resident is None else resident.address, disk, erase, index.kind[number])
         if leased := number in index.leases:
-            self._doomed.setdefault(number, []).append(doomed)
+            self.doomed.hold(number, doomed)
         else:
-            self._give_back(doomed)
+            self.doomed.give_back(doomed)
         index.sweep(number)
         return leased
 
     def keep_until_unleased(self, number: int, resident: Resident) -> None:
         """A slot that is nobody's block, but may still be read under leases on ``number`` (at least one). Locked."""
         assert number in self.index.leases
-        self._doomed.setdefault(number, []).append(Doomed(resident, NONE, erase=False))
-
-    def take_erasable(self) -> list[Doomed]:
-        """Disk slots whose bytes are to be destroyed; the caller frees them afterwards. Locked."""
-        taken, self._to_erase = self._to_erase, []
-        return taken
+        self.doomed.hold(number, Doomed(resident.address, NONE, erase=False))
 
     def erase_doomed(self, kinds: set[int]) -> int:
         """Has all that only leases keep alive erased when it goes; returns how much of it is of these kinds. Locked."""
         if self.hot is not None:
             self.hot.erase_leaving()
-        waiting = [doomed for several in self._doomed.values() for doomed in several if not doomed.erase]
-        for doomed in waiting:
-            doomed.erase = True
-        return sum(doomed.kind in kinds for doomed in waiting)
-
-    def not_erased(self, doomed: Sequence[Doomed]) -> None:
-        """The disk would not destroy what ``take_erasable`` gave; the next try takes it again. Locked."""
-        self._to_erase += doomed
-
-    def _give_back(self, doomed: Doomed) -> None:
-        if doomed.resident is not None:
-            if doomed.erase:
-                self.host.erase(doomed.resident.address)
-            self.host.free(doomed.resident.address)
-        if doomed.disk != NONE and self.disk is not None:
-            if doomed.erase:
-                self._to_erase.append(doomed)
-                self.erase_soon()
-            else:
-                self.disk.free(doomed.disk)
+        return self.doomed.erase(kinds)
 
     def _leave(self, number: int, erase: bool = False) -> None:
         """Neither memory nor disk has the block any more; so the device may not, either."""

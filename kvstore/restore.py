@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import gc
+import logging
+from array import array
+from collections.abc import Iterable, Iterator
 from itertools import count
 
+from kvstore.errors import BadInput
 from kvstore.residency import Residency
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import Entry, Tier
+
+log = logging.getLogger("kvstore")
 
 
 def restore(residency: Residency, disk: Tier) -> None:
@@ -15,7 +21,10 @@ def restore(residency: Residency, disk: Tier) -> None:
     collecting = gc.isenabled()
     gc.disable()  # millions of objects come in and none of them is garbage: the collector would only look for it
     try:
-        order, lost = index.restore(disk.load())
+        used = array("d")
+        sealed: list[Entry] = []
+        order, lost = index.restore(_readable(disk.load(), sealed), used)
+        residency.uses.restore(used)
         insert, arrival = residency.disk_policy.insert, residency.arrival
         for number in order:
             arrived = arrival(number)
@@ -27,10 +36,28 @@ def restore(residency: Residency, disk: Tier) -> None:
     for number, when in enumerate(index.expires):
         if when:
             residency.expire_at(number, when)
+    if sealed and disk.vault is None:
+        raise BadInput(
+            f"the cache holds {len(sealed)} encrypted blocks; give encryption=, the folder of their keys, or an empty "
+            "one, which lets go of them"
+        )
+    if lost:
+        residency.counters.add("unreachable_blocks", len(lost))
+    if sealed:
+        residency.counters.add("sealed_blocks", len(sealed))
+        log.warning("%d blocks on disk are dropped: the keys that they were sealed with are not there", len(sealed))
+        lost += sealed
     for entry in lost:
         disk.forget([entry.sequence])
         disk.free(entry.address)
-    if lost:
-        residency.counters.add("unreachable_blocks", len(lost))
     last = max(max(index.sequence, default=0), max((entry.sequence for entry in lost), default=0))
     residency.sequences = count(last + 1)
+
+
+def _readable(entries: Iterable[Entry], sealed: list[Entry]) -> Iterator[Entry]:
+    """The entries without those that are sealed and have no key, which go to ``sealed``."""
+    for entry in entries:
+        if entry.seal:
+            sealed.append(entry)
+        else:
+            yield entry

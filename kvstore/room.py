@@ -17,10 +17,12 @@ FEW_MORE = 64  # blocks that are looked at besides, in vain
 
 
 def tier_of(residency: Residency, number: int) -> str:
-    """The fastest tier that has a stored block: "device", "host" or "disk". Locked."""
+    """The fastest tier that has a stored block: "device", "host", "disk" or "remote". Locked."""
     if residency.hot is not None and number in residency.hot:
         return "device"
-    return "host" if number in residency.residents else "disk"
+    if number in residency.residents:
+        return "host"
+    return "remote" if number in residency.index.remote else "disk"
 
 
 def held_blocks(residency: Residency) -> Set[int]:
@@ -50,6 +52,7 @@ def reserve_hosts(residency: Residency, slot_bytes: int, count: int) -> list[int
     address_of = partial(_host_address, residency)
     for group in victims(slot_bytes, host, residency.host_policy, address_of, residency.residents):
         evicted += len(group)
+        residency.uses.evicted("host", group)
         if len(group) == 1 and host.same_class(residency.residents[group[0]].address, slot_bytes):
             found.append(residency.take_host(group[0]))  # one slot for another of its class, without a detour
         else:
@@ -75,14 +78,15 @@ def keep_free(residency: Residency, slot_bytes: int) -> None:
     wanted = (int(host.capacity * KEEP_FREE) - host.headroom(slot_bytes)) // slot_bytes
     if wanted <= 0:
         return
-    going = _least(residency, slot_bytes, wanted)
+    going = least(residency, slot_bytes, wanted)
+    residency.uses.evicted("host", going)
     for number in going:
         residency.drop_host(number)
     residency.counters.add("host_evicted_blocks", len(going))
 
 
-def _least(residency: Residency, slot_bytes: int, count: int) -> list[int]:
-    """Up to ``count`` blocks that may go from memory, worth least first. The policy is left alone again afterwards."""
+def least(residency: Residency, slot_bytes: int, count: int) -> list[int]:
+    """Up to ``count`` blocks that may go from memory, worth least first. Locked; the policy is left alone again."""
     found: list[int] = []
     candidates = filterfalse(partial(residency.keeping.stays, "host"), residency.host_policy.victims())
     for number in islice(candidates, count + FEW_MORE):
@@ -113,6 +117,7 @@ def reserve_disk(residency: Residency, slot_bytes: int) -> int | None:
         group = next(groups, None)
         if group is None:
             break
+        residency.uses.evicted("disk", group)
         for number in group:
             residency.drop_disk(number)
         residency.counters.add("disk_evicted_blocks", len(group))

@@ -5,19 +5,39 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from kvstore.block import address_of, copy_checked
 from kvstore.errors import BadInput
 from kvstore.families import NONE
-from kvstore.index import Kind
-from kvstore.keys import TOKEN_BYTES, Namespace, block_key, name_bytes
+from kvstore.keys import TOKEN_BYTES, Namespace, block_key, check_names
+from kvstore.kinds import Kind
 from kvstore.layout import Layout
 from kvstore.residency import Residency, Resident
 from kvstore.room import keep_free, reserve_hosts
 from kvstore.writer import Durable, Writer
 
-MAX_NAME = 255  # bytes of an owner, a tenant or a writer
+
+class Slots(Protocol):
+    """Memory in slots."""
+
+    def view(self, address: int) -> memoryview:
+        """The slot's bytes."""
+
+    def pointer(self, address: int) -> int:
+        """Where they begin."""
+
+
+class Home(Protocol):
+    """What a draft needs of the store that it is of."""
+
+    @property
+    def host(self) -> Slots:
+        """Where the draft is."""
+
+    def slot_abandoned(self, address: int) -> None:
+        """The draft was dropped; called by finalizers, so it takes no lock."""
 
 
 class Draft:
@@ -28,12 +48,12 @@ class Draft:
 
     __slots__ = ("_home", "_owned", "_pointer", "address", "checksums", "layout")
 
-    def __init__(self, residency: Residency, layout: Layout, address: int) -> None:
+    def __init__(self, home: Home, layout: Layout, address: int) -> None:
         self.layout = layout
         self.address = address
         self.checksums: array[int] | None = None
-        self._pointer = residency.host.pointer(address) + layout.header_bytes
-        self._home = residency
+        self._pointer = home.host.pointer(address) + layout.header_bytes
+        self._home = home
         self._owned = True
 
     def __del__(self) -> None:
@@ -73,9 +93,9 @@ class Draft:
             self._owned = False
             self._home.slot_abandoned(self.address)
 
-    def usable(self, residency: Residency) -> bool:
-        """Whether it is its holder's still, in the store with this residency."""
-        return self._owned and self._home is residency
+    def usable(self, home: Home) -> bool:
+        """Whether it is its holder's still, in this store."""
+        return self._owned and self._home is home
 
     def take(self) -> int:
         """The slot's address, which the caller owns from now on."""
@@ -90,8 +110,17 @@ class Saved:
         self._writer = writer
         self._chain = chain  # (number, sequence, tokens of it)
         self._new = new
-        self.tokens = tokens
-        self.new_tokens = new_tokens
+        self._tokens, self._new_tokens = tokens, new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Leading tokens of the chain that are stored."""
+        return self._tokens
+
+    @property
+    def new_tokens(self) -> int:
+        """How many of them this save has stored."""
+        return self._new_tokens
 
     def wait(self, timeout: float | None = None) -> Durable:
         """Writes what is still only in memory, waits for it, and tells what is durable. Without a disk: nothing is."""
@@ -117,15 +146,14 @@ class Saver:
             residency.drafts += len(drafts)
         return drafts
 
-    def check(self, layout: Layout, drafts: Mapping[int, Draft]) -> None:
-        """``BadInput`` where a draft is not the caller's to give, or not of this layout."""
-        for draft in drafts.values():
-            if draft.layout != layout:
-                raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
-            if not draft.usable(self._residency):
-                raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
-        if len({id(draft) for draft in drafts.values()}) < len(drafts):
-            raise BadInput("a draft stands for two blocks; ask store.draft for one each")
+    def lacking(
+        self, namespace: Namespace, root: bytes, layout: Layout, tokens: bytes, numbers: Sequence[int]
+    ) -> list[int]:
+        """Of these blocks of a chain, by their number in it, those that are not in memory."""
+        keys, _ = _keys(namespace, root, layout, tokens)
+        with self._residency.lock:
+            index, residents = self._residency.index, self._residency.residents
+            return [i for i in numbers if i < len(keys) and index.number.get(keys[i], NONE) not in residents]
 
     def save(
         self,
@@ -139,9 +167,7 @@ class Saver:
         writer: str,
     ) -> Saved:
         """Publishes the blocks of a chain behind ``root``; takes over all ``drafts``. See ``Store.save``."""
-        names = (name_bytes(owner, "owner"), namespace.tenant.encode(), name_bytes(writer, "writer"))
-        if max(map(len, names)) > MAX_NAME:
-            raise BadInput(f"owner, tenant and writer may take {MAX_NAME} bytes each; use a shorter name or a digest")
+        check_names(owner, namespace.tenant, writer)
         shared = Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
         (keys, pieces), residency = _keys(namespace, root, layout, tokens), self._residency
         now = residency.wall()
@@ -192,7 +218,8 @@ class Saver:
         """New blocks are there, in a chain that was used. Locked."""
         for listener in self.listeners:
             listener.extend(new)
-        self._residency.admit(chain)
+        for tell in (self._residency.admit, self._residency.share):
+            tell(chain)
 
     def _cover(self, parent: int, piece: bytes, layout: Layout) -> int:
         """A stored sibling that starts with all tokens of this partial block, or NONE. Locked."""
@@ -202,14 +229,14 @@ class Saver:
         return child if covers else NONE
 
     def _adopt(self, number: int, draft: Draft | None, piece: bytes) -> None:
-        """A block that is only on disk was computed again, as that was quicker: from now on it is in memory, too.
-
-        Not while somebody holds it, who may be reading it. Locked."""
+        """A block that is only on disk, or on other hosts, was computed again, as that was quicker: from now on it is
+        in memory, too. Not while somebody holds it, who may be reading it. Locked."""
         residency = self._residency
-        if draft is None or number in residency.residents or number in residency.index.leases:
+        held = remote.taken if (remote := residency.index.remote.get(number)) else number in residency.index.leases
+        if draft is None or number in residency.residents or held:
             return
         size, stride = residency.payload(number), draft.layout.block_tokens
-        resident = Resident(draft.take(), draft.layout, stride, size, clean=True)
+        resident = Resident(draft.take(), draft.layout, stride, size, clean=remote is None)
         residency.drafts -= 1
         residency.put_host(number, resident, piece)
         residency.counters.add("host_adopted_blocks")
@@ -224,8 +251,7 @@ class Saver:
         if number == NONE:
             number = index.insert(key, parent, kind, count, sequence, now, expires)
         else:  # absent, kept for its children
-            index.kind[number], index.sequence[number] = kind, sequence
-            index.created[number], index.expires[number] = now, expires
+            index.renew(number, kind, sequence, now, expires)
         layout = draft.layout
         whole = draft.checksums if count == layout.block_tokens else None
         payload = layout.token_payload * count
@@ -246,6 +272,17 @@ class Saver:
             residency.counters.add("superseded_blocks")
             at -= 1
         return number
+
+
+def check_drafts(layout: Layout, drafts: Mapping[int, Draft], ours: Callable[[Draft], bool]) -> None:
+    """``BadInput`` where a draft is not the caller's to give, or not of this layout."""
+    for draft in drafts.values():
+        if draft.layout != layout:
+            raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
+        if not ours(draft):
+            raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
+    if len({id(draft) for draft in drafts.values()}) < len(drafts):
+        raise BadInput("a draft stands for two blocks; ask store.draft for one each")
 
 
 def _keys(namespace: Namespace, root: bytes, layout: Layout, tokens: bytes) -> tuple[list[bytes], list[bytes]]:

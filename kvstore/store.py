@@ -19,6 +19,7 @@ from kvstore.load import Load
 from kvstore.match import Match
 from kvstore.prospect import Prospect
 from kvstore.save import Draft, Saved
+from kvstore.segments import Segment
 from kvstore.tensors.streams import ThreadStream
 from kvstore.tiers.base import Problem
 
@@ -40,10 +41,6 @@ class Store(ABC):
         """A private host slot to write one block into; None when memory is short, and the save ends before it."""
         drafts = self.drafts(layout, 1)
         return drafts[0] if drafts else None
-
-    @abstractmethod
-    def share(self) -> Store:
-        """One more handle on this store, closed apart: what they share closes with the last."""
 
     @abstractmethod
     def match(
@@ -156,6 +153,17 @@ class Store(ABC):
     @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Tiers, gauges, counters and leases, in numbers; see ``census``."""
+
+    @abstractmethod
+    def segments(self, limit: int = 100, tenant: str | None = None) -> list[Segment]:
+        """What is stored, of one tenant or of all: up to ``limit`` stretches of blocks that are used together, those
+        that served most tokens first. A microsecond or two for a block, and others get the store's lock meanwhile.
+        Raises ``BadInput``."""
+
+    @abstractmethod
+    def saved(self, seconds: float) -> None:
+        """An engine says how many seconds earlier it was done with a prefill for having loaded what it did. They are
+        added up in ``stats``, as ``saved_prefill_seconds``. Raises ``BadInput``."""
 
     @abstractmethod
     def remember(self, name: str, value: str) -> None:

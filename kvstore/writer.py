@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from kvstore.block import Header, address_of, checksums, encode_header
 from kvstore.errors import TierError
 from kvstore.families import NONE
+from kvstore.heading import heading
 from kvstore.layout import Layout
 from kvstore.mover import Mover, Priority
 from kvstore.residency import Residency, Resident
 from kvstore.room import reserve_disk, step_down
+from kvstore.scratch import Scratch
 
 log = logging.getLogger("kvstore")
 
@@ -49,7 +50,7 @@ class Writer:
         self._residency = residency
         self._mover = mover
         residency.write_soon = self.enqueue
-        self._scratch = threading.local()
+        self._scratch = Scratch()
         # Guarded by residency.lock:
         self._queued: set[int] = set()  # blocks that wait, are written or are made durable; each holds a lease
         self._written: list[Written] = []  # on disk, not yet durable
@@ -112,43 +113,30 @@ class Writer:
 
     def _header(self, number: int, resident: Resident) -> Header:
         """Header of a block as it will stand on disk, checksums missing. Locked."""
-        index = self._residency.index
-        kind = index.kind_of(number)
-        parent = index.parent[number]
-        count = index.count[number]
-        return Header(
-            key=index.key[number],
-            parent=index.key[parent] if parent >= 0 else index.root_key(parent),
-            root=parent < 0,
-            namespace=kind.namespace,
-            fingerprint=kind.fingerprint,
-            tenant=kind.tenant,
-            owner=kind.owner,
-            tokens=index.tokens[number],
-            layout=kind.layout,
-            stride=count if count < kind.layout.block_tokens else resident.stride,
-            sequence=index.sequence[number],
-            created=index.created[number],
-            expires=index.expires[number],
-            writer=kind.writer,
-        )
+        count = self._residency.index.count[number]
+        stride = count if count < resident.layout.block_tokens else resident.stride
+        return heading(self._residency.index, number, stride)
 
     def _write_slot(self, number: int, resident: Resident, address: int, header: Header) -> Written | None:
         """Checksums, header, one write. The block's lease keeps its host slot in place meanwhile."""
         residency = self._residency
         layout, size = resident.layout, resident.layout.slot_bytes(header.stride)
         view = residency.host.view(resident.address)
-        slot = view[:size] if header.stride == resident.stride else self._compact(view, resident, header.stride)
-        payload = slot[layout.header_bytes : size]
-        known = resident.checksums if slot.obj is view.obj else None
-        header.checksums = known or checksums(layout, header.stride, payload)
-        data = encode_header(header)
-        slot[: len(data)] = data
-        _blank(slot, layout, header.stride, len(data))
         assert residency.disk is not None
+        vault, tight = residency.disk.vault, header.stride != resident.stride
         try:
-            with self._mover.rates.moving("write", size):
-                residency.disk.write(address, slot)
+            with self._scratch.lend(size) if tight or vault is not None else nullcontext(view) as scratch:
+                slot = self._compact(view, scratch, resident, header.stride) if tight else view[:size]
+                payload = slot[layout.header_bytes : size]
+                known = None if tight else resident.checksums
+                header.checksums = known or checksums(layout, header.stride, payload)
+                if vault is not None:
+                    header, slot = vault.seal(header, payload, scratch[layout.header_bytes :]), scratch
+                data = encode_header(header)
+                slot[: len(data)] = data
+                _blank(slot, layout, header.stride, len(data))
+                with self._mover.rates.moving("write", size):
+                    residency.disk.write(address, slot)
         except TierError as error:
             log.warning("a block could not be written to disk: %s", error)
             with residency.lock:
@@ -157,14 +145,9 @@ class Writer:
         residency.counters.add("disk_written_bytes", size)
         return Written(number, resident, address, header)
 
-    def _compact(self, view: memoryview, resident: Resident, stride: int) -> memoryview:
-        """A partial block's slot without the room that its draft had left, in this thread's scratch memory."""
+    def _compact(self, view: memoryview, slot: memoryview, resident: Resident, stride: int) -> memoryview:
+        """A partial block's slot without the room that its draft had left, in ``slot``."""
         layout = resident.layout
-        size = layout.slot_bytes(stride)
-        scratch: mmap.mmap | None = getattr(self._scratch, "memory", None)
-        if scratch is None or len(scratch) < size:
-            scratch = self._scratch.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        slot = memoryview(scratch)[:size]
         source, target = address_of(view) + layout.header_bytes, address_of(slot) + layout.header_bytes
         for wide, tight in zip(layout.pieces(resident.stride), layout.pieces(stride), strict=True):
             ctypes.memmove(target + tight.offset, source + wide.offset, tight.length)

@@ -20,20 +20,20 @@ MOST_CUTS = 512  # that are compared
 
 
 class Portion(NamedTuple):
-    """One block of a match: tokens used of it, where they are, and bytes to be read from disk for it."""
+    """One block of a match: tokens used of it, where they are, and bytes to be read for it."""
 
     tokens: int
-    tier: str  # "device", "host" or "disk"
+    tier: str  # "device", "host", "disk" or "remote"
     bytes: int
 
 
 @dataclass(frozen=True)
 class Prospect:
-    """What loading would take: for each row its blocks, and how the disk is.
+    """What loading would take: for each row its blocks, and how the disk and the remote tier are.
 
     ``disk``: its speed, None when it is not known. ``queued``: bytes that it has to move before. ``steps``: of what
     comes from disk, which layers come together: shares of them all, (first, behind the last). ``token_bytes``: of one
-    token in all layers. ``layers``: how many there are.
+    token in all layers. ``layers``: how many there are. ``remote``, ``remote_queued``: as of the disk.
     """
 
     rows: Sequence[Sequence[Portion]]
@@ -42,6 +42,21 @@ class Prospect:
     steps: Sequence[tuple[float, float]]
     token_bytes: int
     layers: int
+    remote: Line | None = None
+    remote_queued: int = 0
+
+    def seconds(self, disk: int, remote: int) -> float:
+        """What reading so many bytes from each takes; both are read at once. What is not measured counts nothing."""
+        own = self.disk.seconds(self.queued + disk) if self.disk and disk else 0.0
+        others = self.remote.seconds(self.remote_queued + remote) if self.remote and remote else 0.0
+        return max(own, others)
+
+    def unmeasured(self) -> str:
+        """What has to be read from without being measured yet; empty: nothing."""
+        tiers = {portion.tier for row in self.rows for portion in row if portion.bytes}
+        if "disk" in tiers and self.disk is None:
+            return "the disk"
+        return "the remote tier" if "remote" in tiers and self.remote is None else ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class _Option(NamedTuple):
     prefill: float
     first_token: float
     doubt: float  # how much longer computing may well take
-    reads: int  # bytes from disk
+    reads: int  # bytes from disk and the remote tier
 
     @property
     def loaded(self) -> int:
@@ -94,7 +109,10 @@ class _Ways:
     def __init__(self, tokens: Sequence[int], prospect: Prospect, costs: Costs) -> None:
         self._tokens, self._prospect, self._costs = tokens, prospect, costs
         self._ends = [list(accumulate((p.tokens for p in row), initial=0)) for row in prospect.rows]
-        self._bytes = [list(accumulate((p.bytes for p in row), initial=0)) for row in prospect.rows]
+        self._bytes = {
+            tier: [list(accumulate((p.bytes * (p.tier == tier) for p in row), initial=0)) for row in prospect.rows]
+            for tier in ("disk", "remote")
+        }
 
     def all_loaded(self) -> _Option:
         """Everything that there is."""
@@ -116,10 +134,12 @@ class _Ways:
         """So many blocks of each row are loaded."""
         prospect, costs = self._prospect, self._costs
         cuts = tuple(ends[count] for ends, count in zip(self._ends, blocks, strict=True))
-        size = sum(sizes[count] for sizes, count in zip(self._bytes, blocks, strict=True))
+        sums = (zip(sizes, blocks, strict=True) for sizes in self._bytes.values())
+        own, others = (sum(sizes[count] for sizes, count in pairs) for pairs in sums)
+        size = own + others
         new = max(tokens - cut for tokens, cut in zip(self._tokens, cuts, strict=True))
         shape = len(cuts), new, max(cuts)
-        disk = prospect.disk.seconds(prospect.queued + size) / costs.hope if prospect.disk and size else 0.0
+        disk = prospect.seconds(own, others) / costs.hope
         load = disk * costs.load_correction
         if costs.host.line and any(cuts):
             load += costs.host.line.seconds(sum(cuts) * prospect.token_bytes)
@@ -142,8 +162,8 @@ def split(tokens: Sequence[int], prospect: Prospect, costs: Costs, limit: float)
     everything, nothing = ways.all_loaded(), ways.all_computed()
     chosen = everything
     reads = any(portion.bytes for row in prospect.rows for portion in row)
-    if reads and prospect.disk is None:
-        reason = f"all {sum(whole)} tokens are loaded: it is not known yet how quick the disk is"
+    if unmeasured := prospect.unmeasured():
+        reason = f"all {sum(whole)} tokens are loaded: it is not known yet how quick {unmeasured} is"
         return _decision(reason, everything, None, nothing, prospect, costs)
     if everything.first_token > CLEAR_SECONDS:
         possible = [nothing, *(way for way in ways.between() if way.load <= limit)]
@@ -177,12 +197,13 @@ def _decision(
         "load_correction": costs.load_correction,
         "prefill_correction": costs.prefill.correction,
     }
-    for tier, line in (("host", costs.host.line), ("disk", prospect.disk)):
+    for tier, line in (("host", costs.host.line), ("disk", prospect.disk), ("remote", prospect.remote)):
         if line is not None and line.per_byte:
             figures[f"{tier}_bytes_per_second"] = 1 / line.per_byte
     known, opening = everything is not None, None
     if chosen.reads:
-        opening = (prospect.queued + prospect.steps[0][1] * chosen.reads) / (prospect.queued + chosen.reads)
+        queued = prospect.queued + prospect.remote_queued
+        opening = (queued + prospect.steps[0][1] * chosen.reads) / (queued + chosen.reads)
     return Decision(
         matched=sum(portion.tokens for row in prospect.rows for portion in row),
         loaded=chosen.loaded,

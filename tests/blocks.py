@@ -18,6 +18,7 @@ from kvstore.load import Load
 from kvstore.local import LocalStore
 from kvstore.match import Match
 from kvstore.save import Draft, Saved
+from kvstore.store import Store
 
 JUNK = b"\xee"  # what a draft holds behind its last token: it must never come back
 
@@ -72,9 +73,7 @@ def fill(draft: Draft, tokens: Sequence[bytes]) -> None:
                 view[head * size : (head + 1) * size] = data + JUNK * (size - len(data))
 
 
-def drafts(
-    store: LocalStore, space: Namespace, layout: Layout, tokens: Sequence[int], writer: int = 0
-) -> dict[int, Draft]:
+def drafts(store: Store, space: Namespace, layout: Layout, tokens: Sequence[int], writer: int = 0) -> dict[int, Draft]:
     """Filled drafts for the blocks that a match does not find whole; fewer when memory is short."""
     match = store.match(space, layout, [*tokens, 0])
     stored = match.tokens // layout.block_tokens
@@ -91,7 +90,7 @@ def drafts(
 
 
 def save(
-    store: LocalStore,
+    store: Store,
     tokens: Sequence[int],
     space: Namespace = NS,
     layout: Layout = SMALL,
@@ -126,7 +125,7 @@ def wrong(load: Load, tokens: Sequence[int], space: Namespace = NS, writers: Ite
     return found
 
 
-def load_all(store: LocalStore, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> int:
+def load_all(store: Store, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> int:
     """Matches and loads as much of ``tokens`` as there is, checks every byte, returns the tokens that came well."""
     match = store.match(space, layout, tokens)
     load = store.load(match)
@@ -138,7 +137,7 @@ def load_all(store: LocalStore, tokens: Sequence[int], space: Namespace = NS, la
         load.release()
 
 
-def found(store: LocalStore, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> Match:
+def found(store: Store, tokens: Sequence[int], space: Namespace = NS, layout: Layout = SMALL) -> Match:
     """A match that wants every token: one more stands behind them."""
     return store.match(space, layout, [*tokens, 0])
 
@@ -158,7 +157,7 @@ def recount(store: LocalStore) -> list[str]:
         index = residency.index
         compare("leases", said["leases"], 0)
         compare("drafts", said["drafts"], 0)
-        compare("doomed", len(residency._doomed), 0)
+        compare("doomed", len(residency.doomed), 0)
         compare("host bytes", said["tiers"]["host"]["bytes"], sum(map(residency.payload, residency.residents)))
         compare("host policy", set(residency.host_policy.victims()), set(residency.residents))
         compare("token bytes", set(index.tokens), set(residency.residents))

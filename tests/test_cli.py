@@ -3,47 +3,36 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Command, command
 
 import kvstore
-from kvstore import cli
 from kvstore.bench import logs, models
 
 DEMO = Path(logs.__file__).parent / "data" / "demo.json"
+__all__ = ["command"]  # a fixture
+VERBS = [
+    "replay",
+    "simulate",
+    "pml",
+    "serve",
+    "config",
+    "doctor",
+    "ping",
+    "status",
+    "top",
+    "quota",
+    "ls",
+    "pin",
+    "forget",
+    "verify",
+]
 CHAT = [{"messages": [{"role": "user", "content": "hello " * 60}, {"role": "assistant", "content": "hi"}]}]
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `kvstore …` in this process."""
-
-    def run(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["kvstore", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-
-    return run
 
 
 @pytest.fixture
@@ -63,7 +52,7 @@ def test_help_teaches_and_is_quick_to_import() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["replay", "--help"], ["verify", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help(command: Command, words: list[str]) -> None:
     said = command(*words)
     assert said.code == 0 and "Usage" in said.out

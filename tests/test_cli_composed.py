@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import Command, command
+from commands import Command, command
 
 import kvstore
 from kvstore.adapters.transformers import Reuse

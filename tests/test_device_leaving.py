@@ -53,7 +53,7 @@ def test_a_tail_that_is_superseded_leaves_the_device(store: LocalStore) -> None:
     save(store, TOKENS[:40], layout=WIDE)
     heat(store, TOKENS[:40])
     save(store, TOKENS[:50], layout=WIDE)
-    assert found(store, TOKENS[:50], layout=WIDE).tokens_by_tier == {"device": 32, "host": 18, "disk": 0}
+    assert found(store, TOKENS[:50], layout=WIDE).tokens_by_tier == {"device": 32, "host": 18, "disk": 0, "remote": 0}
     heat(store, TOKENS[:50])
     made = asked(store, TOKENS[:50])
     assert made.tokens_by_tier(50)["device"] == 50 and wrong_on_device(made, TOKENS) == []

@@ -44,16 +44,16 @@ def test_what_a_load_filled_the_next_finds(store: LocalStore, layout: Layout) ->
     tokens = ids(2, 3 * layout.block_tokens + 5)
     save(store, tokens, layout=layout)
     first = asked(store, tokens, layout)
-    assert first.tokens_by_tier(1000) == {"device": 0, "host": len(tokens), "disk": 0}
+    assert first.tokens_by_tier(1000) == {"device": 0, "host": len(tokens), "disk": 0, "remote": 0}
     assert [(place.hot, place.slot is not None) for place in first.places(0)] == [(False, True)] * 4
     assert found(store, tokens, layout=layout).tokens_by_tier["device"] == 0
     assert bring(first, HERE)
     assert wrong(first, tokens) == wrong_on_device(first, tokens) == []
     first.release()
     match = found(store, tokens, layout=layout)
-    assert match.tokens_by_tier == {"device": len(tokens), "host": 0, "disk": 0}
+    assert match.tokens_by_tier == {"device": len(tokens), "host": 0, "disk": 0, "remote": 0}
     second = store.load(match, device=True)
-    assert second.tokens_by_tier(1000) == {"device": len(tokens), "host": 0, "disk": 0}
+    assert second.tokens_by_tier(1000) == {"device": len(tokens), "host": 0, "disk": 0, "remote": 0}
     assert all(place.hot and place.slot is not None for place in second.places(1))
     assert [place.keys for place in second.places(1)] == [p.slot.keys(1) for p in second.places(1) if p.slot]
     assert wrong_on_device(second, tokens) == []
@@ -67,7 +67,7 @@ def test_what_is_on_the_device_is_not_read_from_disk(store: LocalStore) -> None:
     heat(store, TOKENS[:64])
     only_on_disk(store)
     made = asked(store, TOKENS)
-    assert made.tokens_by_tier(1000) == {"device": 64, "host": 0, "disk": len(TOKENS) - 64}
+    assert made.tokens_by_tier(1000) == {"device": 64, "host": 0, "disk": len(TOKENS) - 64, "remote": 0}
     assert bring(made, HERE) and wrong_on_device(made, TOKENS) == []
     assert store.stats()["tiers"]["host"]["blocks"] == 2
     assert made.read_into(memoryview(bytearray(MIB))) == 0

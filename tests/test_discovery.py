@@ -131,6 +131,21 @@ def test_after_a_restart_what_is_on_disk_is_found(tmp_path: object, seed: int) -
         load.release()
 
 
+def test_what_nobody_asks_for_takes_no_more_and_more_memory(
+    store: LocalStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has not asked for long looks through everything again; who has not asked for longest is forgotten."""
+    monkeypatch.setattr("kvstore.discovery.LATE", 8)
+    monkeypatch.setattr("kvstore.discovery.MOST", 2)
+    chains = [ids(seed + number, 64) for number in range(8)]
+    for number, chain in enumerate(chains):
+        save(store, chain)
+        assert placed(discover(store, [9, *chain], MINIMUM + number % 3)) == [(1, 64)]
+    listeners = store._saver.listeners
+    assert len(listeners) == 2 and all(len(listener) <= 8 for listener in listeners)
+    assert [placed(discover(store, [9, *chain], MINIMUM)) for chain in chains] == [[(1, 64)]] * 8
+
+
 @given(st.integers(0, 2**32), st.integers(WINDOW, 60))
 @settings(max_examples=60, deadline=None)
 def test_texts_that_share_a_run_share_a_kept_window(draw: int, minimum: int) -> None:

@@ -66,7 +66,7 @@ def test_demoted_blocks_leave_the_device(hot: LocalStore) -> None:
     slot = WIDE.full_slot_bytes
     assert hot.demote(found(hot, tokens, layout=WIDE)).bytes == 2 * slot + 2 * (slot - WIDE.header_bytes)
     assert list(device(hot)) == [] and kept(hot)["device"] == 0
-    assert found(hot, tokens, layout=WIDE).tokens_by_tier == {"device": 0, "host": 0, "disk": 64}
+    assert found(hot, tokens, layout=WIDE).tokens_by_tier == {"device": 0, "host": 0, "disk": 64, "remote": 0}
 
 
 class Keepers(Crowd):

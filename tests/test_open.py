@@ -155,7 +155,7 @@ def test_sizes_beyond_the_machine(tmp_path: Path, which: str, size: str) -> None
 
 
 def test_sizes_as_people_write_them() -> None:
-    from kvstore.config import size_bytes
+    from kvstore.sizes import size_bytes
 
     for text, size in (("1GiB", 1 << 30), ("1.5 MiB", 3 << 19), ("2MB", 2_000_000), ("4k", 4096), (7, 7), ("9", 9)):
         assert size_bytes(text) == size

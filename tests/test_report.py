@@ -15,6 +15,7 @@ from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Span, T
 from kvstore.bench import plots, report, summary
 from kvstore.bench.replay import Row
 from kvstore.bench.timeline import MOST_ROWS, Bar, Timed, lanes, overlap, packed
+from kvstore.figures import seconds
 
 PLAN = {
     "name": "fusedkv",
@@ -173,7 +174,7 @@ def test_the_table_shows_the_tiers_that_there_are() -> None:
     ("value", "text"), [(0.0, "0"), (2.5e-7, "0.25 µs"), (0.0123, "12.3 ms"), (3.0, "3 s"), (4000.0, "4,000 s")]
 )
 def test_times_are_in_a_unit_that_suits_them(value: float, text: str) -> None:
-    assert report.seconds(value) == text
+    assert seconds(value) == text
 
 
 def spans(layers: int, load: float, compute: float, pause: float = 0.0) -> list[Span]:

@@ -19,11 +19,11 @@ def test_what_waiting_jobs_will_read_is_there_when_they_start(tmp_path: Path) ->
     with scheduled(tmp_path, CHAINS[:8]) as (store, _):
         first = store.schedule(jobs(CHAINS[:8]))
         assert states(first) == ["prefetching"] * 8
-        assert first[0] == Answer(CHAINS[0][0], "prefetching", 64, {"device": 0, "host": 0, "disk": 64})
+        assert first[0] == Answer(CHAINS[0][0], "prefetching", 64, {"device": 0, "host": 0, "disk": 64, "remote": 0})
         fetches_are_over(store)
         again = store.schedule(jobs(CHAINS[:8]))
         assert states(again) == ["resident"] * 8
-        assert again[7].tokens_by_tier == {"device": 0, "host": 64, "disk": 0}
+        assert again[7].tokens_by_tier == {"device": 0, "host": 64, "disk": 0, "remote": 0}
         read = counter(store, "disk_read_bytes")
         for place, tokens in enumerate(CHAINS[:8]):
             store.schedule(jobs(CHAINS[place + 1 : 8]))

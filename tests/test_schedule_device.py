@@ -76,7 +76,7 @@ def test_the_next_jobs_find_their_blocks_on_the_device(store: LocalStore) -> Non
     answers = store.schedule(jobs(CHAINS[:2], WIDE))
     assert [answer.tokens_by_tier["device"] for answer in answers] == [32, 32] and states(answers) == ["resident"] * 2
     load = asked(store, CHAINS[0])
-    assert load.tokens_by_tier(32) == {"device": 32, "host": 0, "disk": 0}
+    assert load.tokens_by_tier(32) == {"device": 32, "host": 0, "disk": 0, "remote": 0}
     assert wrong_on_device(load, CHAINS[0]) == []
     load.release()
     assert counter(store, "uploaded_blocks") == 2

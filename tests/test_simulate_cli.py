@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Command
+from commands import Command
 from test_cli import command as any_command
 
 from kvstore.policies.named import POLICIES

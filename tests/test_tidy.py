@@ -95,7 +95,7 @@ def import_faults(source: Source) -> Iterator[str]:
         yield f"{source.unit} imports relatively"
     for name in sorted(units(source)):
         top = name.split(".")[0]
-        if FLOOR.get(top, 0) > FLOOR[source.top]:
+        if FLOOR.get(name, FLOOR.get(top, 0)) > FLOOR.get(source.unit, FLOOR[source.top]):
             yield f"{source.unit} imports {name}, which is above it"
         if source.top in ONLY_PORTS and top in ("tiers", "policies") and name not in PORTS:
             yield f"{source.unit} imports {name}: a concrete class, which only config names"

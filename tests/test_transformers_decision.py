@@ -81,7 +81,7 @@ def test_what_would_come_too_slowly_is_computed_again(store: LocalStore, family:
     know_model(reuse)
     know_disk(store, 10_000)
     whole, _, hit, logits = asked(model, reuse, ids, seed)
-    assert (hit.cached_tokens, hit.cached_by_tier) == (0, {"device": 0, "host": 0, "disk": 0})
+    assert (hit.cached_tokens, hit.cached_by_tier) == (0, {"device": 0, "host": 0, "disk": 0, "remote": 0})
     assert (hit.miss.kind, hit.miss.position) == ("recompute", 0)
     assert str(hit.miss) == f"from token 0 on, recomputing {STORED} tokens is quicker than loading them"
     decision = hit.decision
@@ -111,7 +111,7 @@ def test_what_was_computed_again_is_in_memory_from_then_on(store: LocalStore, se
     assert after["tiers"]["host"]["blocks"] == STORED // BLOCK + 1
     del hit
     again = reuse.load(torch.cat((whole, more), 1))
-    assert again.cached_by_tier == {"device": 0, "host": STORED + MORE, "disk": 0}
+    assert again.cached_by_tier == {"device": 0, "host": STORED + MORE, "disk": 0, "remote": 0}
     with torch.no_grad():
         assert torch.equal(model(**again.forward_inputs).logits, in_memory(model, whole, more))
 
@@ -129,9 +129,11 @@ def test_some_is_loaded_and_the_rest_computed_beside_it(store: LocalStore, famil
     whole, more, hit, logits = asked(model, reuse, ids, seed)
     kept = hit.cached_tokens
     assert 0 < kept < STORED and kept % BLOCK == 0
-    assert hit.cached_by_tier == {"device": 0, "host": 0, "disk": kept}
+    assert hit.cached_by_tier == {"device": 0, "host": 0, "disk": kept, "remote": 0}
     assert (hit.miss.kind, hit.miss.position) == ("recompute", kept)
     assert hit.decision.loaded == kept
+    spared = hit.decision.all_computed_seconds - hit.decision.first_token_seconds
+    assert store.stats()["counters"]["saved_prefill_seconds"] == pytest.approx(spared) and spared > 0
     with torch.no_grad():
         assert torch.equal(logits, in_memory(model, whole[:, :kept], whole[:, kept:]))
     saved = reuse.save(whole, hit.cache)

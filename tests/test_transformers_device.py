@@ -65,8 +65,8 @@ def test_what_was_loaded_stays_on_the_device(streams: Carrier, seed: int) -> Non
             hit = reuse.load(torch.cat((ids, ids[:, :5]), 1))
             tiers.append(hit.cached_by_tier)
             model(**hit.forward_inputs)
-        assert tiers[0] == {"device": 0, "host": 100, "disk": 0}
-        assert tiers[1:] == [{"device": 100, "host": 0, "disk": 0}] * 2
+        assert tiers[0] == {"device": 0, "host": 100, "disk": 0, "remote": 0}
+        assert tiers[1:] == [{"device": 100, "host": 0, "disk": 0, "remote": 0}] * 2
         held = store.stats()["tiers"]["device"]
         assert held["blocks"] == 7 and held["bytes"] > 0
         store.forget(tenant="")

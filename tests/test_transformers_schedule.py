@@ -45,7 +45,7 @@ def test_prompts_that_wait_are_loaded_from_memory(store: LocalStore) -> None:
     fetches_are_over(store)
     assert states(reuse.schedule(waiting)) == ["resident", "resident", "unknown", "resident"]
     hit = reuse.load(turns[0])
-    assert hit.cached_by_tier == {"device": 0, "host": 39, "disk": 0}
+    assert hit.cached_by_tier == {"device": 0, "host": 39, "disk": 0, "remote": 0}
     assert states(reuse.schedule(waiting, tenant="other")) == ["unknown"] * 4
 
 
@@ -64,7 +64,7 @@ def test_all_runs_of_a_composition_count(store: LocalStore) -> None:
     assert answer.tokens <= loaded <= answer.tokens + 5  # of each run at least one token is left to compute
     fetches_are_over(store)
     assert states(reuse.schedule([whole])) == ["resident"]
-    assert reuse.load(whole).cached_by_tier == {"device": 0, "host": loaded, "disk": 0}
+    assert reuse.load(whole).cached_by_tier == {"device": 0, "host": loaded, "disk": 0, "remote": 0}
 
 
 def test_what_the_model_is_not_any_more_is_unknown(store: LocalStore) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.adapters.transformers.pace import Pace
+from kvstore.errors import KVStoreError
 from kvstore.load import Load
 from kvstore.match import Match, Miss
 from kvstore.policies.split import Decision
@@ -27,6 +29,7 @@ class Choice:
     decision: Decision
     at: float  # when (``time.perf_counter``)
     patience: float  # seconds that the model waits for layers in all
+    store: Store
 
     def cut(self, matches: Sequence[Match]) -> None:
         """Leaves of each match only what is to be loaded, and a miss that says so."""
@@ -36,6 +39,13 @@ class Choice:
                 match.cut(kept)
                 text = f"from token {kept} on, recomputing {left} tokens is quicker than loading them"
                 match.miss = Miss("recompute", kept, text)
+
+    def came(self) -> None:
+        """All that was decided to be loaded was: the store hears what that spared, by what was expected of both."""
+        expected, anew = self.decision.first_token_seconds, self.decision.all_computed_seconds
+        if expected is not None and anew is not None:
+            with contextlib.suppress(KVStoreError):  # it was closed meanwhile; the model goes on
+                self.store.saved(max(anew - expected, 0.0))
 
     def waits_for(self, load: Load, match: Match, pace: Pace) -> bool:
         """Waits for the first layer; False: by what it takes, computing everything is quicker than what is left.
@@ -70,4 +80,4 @@ def choose(
     expected, anew = decision.first_token_seconds, decision.all_computed_seconds
     if expected is not None and anew is not None:
         patience = min(patience, expected + anew + GRACE)
-    return Choice(decision, at, patience)
+    return Choice(decision, at, patience, store)

@@ -83,6 +83,13 @@ class Gather:
         sources = [carried or load for carried, load in zip(self._carried, self.loads, strict=True)]
         return all(source is None or source.wait(layer, timeout=timeout) for source in sources)
 
+    def intact(self, event: Event | None = None) -> bool:
+        """Whether what was taken so far, the device up to ``event``, is what it should be. Of what others hold."""
+        lent = [load for load in self.loads if load is not None and load.lent]
+        if lent and event is not None:
+            event.wait()
+        return all(load.intact() for load in lent)
+
     def fetched(self, layer: int) -> tuple[float, float] | None:
         """When this layer came from disk, first to last row; None when nothing did."""
         times = [time for load in self.loads if load is not None and (time := load.fetched(layer)) is not None]

@@ -155,6 +155,8 @@ class Loaded:
             if not (self._untaken or self.recomputed):
                 self._pace.loaded(self._loading, self.columns)
                 self._pace.brought(self._copying, self._copied)
+                if self._choice is not None:
+                    self._choice.came()
         return True
 
     # -- how a layer is had -------------------------------------------------------------------------------------------
@@ -197,6 +199,8 @@ class Loaded:
             return None
         there = time.perf_counter()
         brought = self._gather.layer(layer, aim.places, self._start(layer, aim), aim.columns, self._room(layer, aim))
+        if not self._gather.intact(brought.event):
+            return None
         now = time.perf_counter()
         self.timeline.add(LOAD, layer, there, now)
         return Made(aim, brought, now - begin, now - there if brought.event is None else 0.0)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore.adapters.transformers.buffers import LayerSpec, view
+from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.row import Row
 from kvstore.errors import StoreClosed
 from kvstore.keys import Namespace
 from kvstore.layout import Layout
 from kvstore.store import Store
+from kvstore.tensors.plain import at
+
+CPU = torch.device("cpu")
 
 
 def reopen(
@@ -43,10 +46,12 @@ def reopen(
             if not load.wait(layer, patience):
                 row.end("the tail of what was saved could not be loaded again")
                 return False
-            piece = load.pieces(layer)[block - match.skipped // layout.block_tokens]
-            keys = view(piece.keys, dtype, (spec.heads, piece.stride, spec.key_dim))
-            values = view(piece.values, dtype, (spec.heads, piece.stride, spec.value_dim))
+            place = load.places(layer)[block - match.skipped // layout.block_tokens]
+            keys = at(place.keys, (spec.heads, place.stride, spec.key_dim), dtype, CPU)
+            values = at(place.values, (spec.heads, place.stride, spec.value_dim), dtype, CPU)
             row.seed(layer, keys[:, :tokens], values[:, :tokens])
+        if not load.intact():
+            row.end("the tail of what was saved was let go while it was loaded")
     finally:
         load.release()
     return row.ended is None

@@ -173,6 +173,9 @@ class Windowed:
                     first = row.base - begun - stored.skipped[-1]
                     for originals in gather.originals(slot, len(spans) - 1, first, begun):
                         row.seed(slot, *originals)
+                if not gather.intact():
+                    row.discard()
+                    return False
                 cache.timeline.add(LOAD, slot, begin, time.perf_counter())
         finally:
             gather.release()

@@ -16,13 +16,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvstore.bench.micro import disk, host, index
+from kvstore.bench.micro import daemon, disk, host, index
 from kvstore.bench.micro.limits import Timing
 
-SINGLE = ("match_32k_seconds", "index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
+SINGLE: tuple[str, ...] = ("ping_seconds", "match_32k_daemon_seconds", "daemon_own_bytes", "match_32k_seconds")
+SINGLE += ("index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_seconds")
 ROTATED = "rotated_load"
 MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
-PARTS = ("host", "rotated", "disk", "peers", "index", "attach", "ttft", "composed", "tpot", "plans", "policies")
+PARTS: tuple[str, ...] = ("host", "rotated", "disk", "daemon", "peers", "index")
+PARTS += ("attach", "ttft", "composed", "tpot", "plans", "policies")
 
 
 def main(
@@ -69,6 +71,13 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
                 flight, timing = min(timings.items(), key=lambda item: item[1].ratio)
                 row = figures(timing, disk.TOTAL) | {"limit_in_flight": int(flight)}
                 results.setdefault(size, {})[name] = row
+    elif part == "daemon":
+        for size in host.LAYOUTS:
+            for name, timing in daemon.measure(size, scratch, repeats).items():
+                results.setdefault(size, {})[name] = figures(timing, host.TOTAL)
+            together = figures(daemon.many(size, scratch, repeats), daemon.CLIENTS * daemon.EACH)
+            results[size][f"daemon_load_{daemon.CLIENTS}_clients"] = together
+        results |= daemon.calls(scratch)
     elif part == "peers":
         from kvstore.bench.micro import peers
 

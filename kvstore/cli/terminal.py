@@ -14,6 +14,8 @@ from kvstore.errors import BadInput
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+MOST_SECONDS = 36525 * 86400.0
+
 
 def progress_bar(work: str, unit: str) -> Progress:
     """A progress bar on stderr that leaves nothing behind."""
@@ -32,6 +34,14 @@ def extras(names: str) -> Iterator[None]:
         if (error.name or "").split(".")[0] == "kvstore":
             raise
         raise BadInput(f"this needs {error.name}; install it with: pip install 'kvstore-llm[{names}]'") from error
+
+
+def seconds_of(text: str, name: str) -> float:
+    """A duration such as "90s" or "7d". Raises ``BadInput`` that begins with ``name``."""
+    with extras("serve"):
+        from kvstore.settings.values import duration
+    found: float = duration(MOST_SECONDS).read(text, name)
+    return found
 
 
 def check_writable(*targets: Path | None) -> None:

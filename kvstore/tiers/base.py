@@ -1,4 +1,4 @@
-"""The ports of the tiers: of one that keeps sealed blocks beyond the host's memory (disk now, others later), of the
+"""The ports of the tiers: of one that keeps sealed blocks beyond the host's memory, of one that hosts share, of the
 device's memory, and of what keeps host memory in place for the device.
 
 A ``Tier`` moves whole slots and byte ranges of slots between its medium and buffers that the caller owns. It knows
@@ -9,12 +9,15 @@ A method that fails raises ``TierError`` and leaves nothing visible.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kvstore.block import Header
+from kvstore.errors import TierError
 from kvstore.layout import Layout
+from kvstore.tiers.seal import Envelope
+from kvstore.vault import Vault
 
 if TYPE_CHECKING:
     from kvstore.tensors.streams import Event, Stream
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 class Entry(NamedTuple):
     """A block that the tier holds, as its index knows it. ``used`` is the last use that was written down.
 
-    ``root``: its parent is no block but a chain's root key. ``form`` is the header's form of keys.
+    ``root``: its parent is no block but a chain's root key. ``form`` is the header's form of keys. ``seal``: 0, or it
+    is sealed with a key that is not there, whose mark this is (``Key.mark``); key and parent cannot be told then.
     """
 
     sequence: int
@@ -41,6 +45,7 @@ class Entry(NamedTuple):
     used: float
     root: bool
     form: str
+    seal: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,10 @@ class Problem:
 
 class Tier(Protocol):
     """Can it hold, put, get a byte range, drop, what it uses. Blocks are named by their header's ``sequence``."""
+
+    @property
+    def vault(self) -> Vault | None:
+        """Who writes a block has this seal its payload and its header before; None: they are written as they are."""
 
     @property
     def capacity(self) -> int:
@@ -101,7 +110,8 @@ class Tier(Protocol):
         blocks in the index. Durable when it returns; the caller frees the slots afterwards."""
 
     def load(self) -> Iterator[Entry]:
-        """The blocks that the index knows, in order of sequence (parents before children). Called once, at open."""
+        """The blocks that the index knows, in order of sequence (parents before children). Called once, at open. For
+        those whose ``seal`` is not 0 there is no key: they can be forgotten, and no more."""
 
     def tokens(self, sequence: int) -> bytes | None:
         """Token bytes of an indexed block, from the index, without reading its slot. Microseconds."""
@@ -120,6 +130,71 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Makes the index durable and lets go of everything."""
+
+
+class Missing(TierError):
+    """A part of a block is not where it was: whoever holds it let it go."""
+
+
+class Copy(NamedTuple):
+    """A block in a remote tier: of how many parts it is, what they take in all, and how many seconds it lives."""
+
+    key: bytes
+    parts: int
+    bytes: int
+    ttl: float
+
+
+class Wanted(NamedTuple):
+    """One part of a block, and where to put it: ``buffer`` is as long as the part."""
+
+    key: bytes
+    part: int
+    buffer: memoryview
+
+
+Look = Callable[[Sequence[tuple[bytes, int, Envelope | None]]], None]  # key, number of parts, None where unsound
+
+
+class Remote(Protocol):
+    """Blocks that hosts share, somewhere behind a network: a header and parts by key.
+
+    A block is there from when its header is, which comes last; any part may go at any time. Each call takes ``seconds``
+    at most, whatever the other side does, and raises ``TierError`` where it fails. Any thread, without the store's
+    lock.
+    """
+
+    @property
+    def place(self) -> str:
+        """Where it is, without secrets."""
+
+    def find(self, keys: Sequence[bytes], seconds: float) -> list[Envelope | None]:
+        """The headers of blocks; None for what is not there, or is not sound."""
+
+    def read(self, wanted: Sequence[Wanted], seconds: float) -> list[TierError | None]:
+        """Fills buffers; for each what is wrong with it: ``Missing``, ``Corrupt`` or nothing."""
+
+    def refresh(self, copies: Sequence[Copy], seconds: float) -> list[bool]:
+        """Which blocks are there whole; those live ``ttl`` seconds from now."""
+
+    def put(self, copy: Copy, envelope: Envelope, parts: Sequence[memoryview], seconds: float) -> None:
+        """Stores a block. What was used longest ago may go for it."""
+
+    def drop(self, copies: Sequence[Copy], seconds: float) -> int:
+        """Destroys blocks; how many were there."""
+
+    def scan(self, look: Look, seconds: float) -> None:
+        """Calls ``look`` with all blocks, some at a time, and with parts that have no header (None)."""
+
+    def reset(self) -> None:
+        """Ends all connections, those in use too; the next call makes new ones."""
+
+    def gauges(self) -> dict[str, int]:
+        """``used``: bytes that all hosts together have there, 0 where nobody counts. ``capacity``: the budget, or 0.
+        ``refused``: headers and parts without the right proof so far."""
+
+    def close(self) -> None:
+        """Ends all connections for good."""
 
 
 class DeviceSlots(Protocol):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from kvstore.block import Header
 from kvstore.errors import TierError
+from kvstore.sealed import SealedTokens
 from kvstore.tiers.base import Entry
 
 
@@ -40,7 +41,7 @@ class Snapshot(Protocol):
         """Their addresses."""
 
     def entries(self) -> Iterator[Entry]:
-        """Their entries."""
+        """Their entries; keys and parents of sealed ones as they stand in their headers."""
 
 
 class Catalog(Protocol):
@@ -56,8 +57,9 @@ class Catalog(Protocol):
     def snapshot(self) -> Snapshot:
         """All blocks as they are now."""
 
-    def tokens(self, sequence: int) -> bytes | None:
-        """Token bytes of a block; None when it is not known, or its bytes are not what was written."""
+    def tokens(self, sequence: int) -> bytes | SealedTokens | None:
+        """Token bytes of a block, as its header has them; None when it is not known, or its bytes are not what was
+        written."""
 
     def recall(self, name: str) -> str | None:
         """A small string that was kept."""
@@ -90,6 +92,7 @@ def entry_of(address: int, header: Header) -> Entry:
         used=header.created,
         root=header.root,
         form=header.form,
+        seal=header.seal.mark if header.seal is not None else 0,
     )
 
 
@@ -113,7 +116,7 @@ class MemoryCatalog:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
-        self._tokens: dict[int, bytes] = {}
+        self._tokens: dict[int, bytes | SealedTokens] = {}
         self._memos: dict[str, str] = {}
 
     @property
@@ -129,7 +132,7 @@ class MemoryCatalog:
         """See ``Catalog``."""
         return MemorySnapshot(sorted(self._entries.values()))
 
-    def tokens(self, sequence: int) -> bytes | None:
+    def tokens(self, sequence: int) -> bytes | SealedTokens | None:
         """See ``Catalog``."""
         return self._tokens.get(sequence)
 
@@ -147,7 +150,7 @@ class MemoryCatalog:
                 self._entries[sequence] = self._entries[sequence]._replace(used=when)
         for address, header in change.added:
             self._entries[header.sequence] = entry_of(address, header)
-            self._tokens[header.sequence] = header.tokens
+            self._tokens[header.sequence] = header.indexed_tokens
         self._memos.update(change.memos)
 
     def rewrite(self) -> None:

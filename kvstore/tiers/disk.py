@@ -17,6 +17,7 @@ from dataclasses import replace
 from kvstore.block import Header
 from kvstore.errors import BadInput, TierError
 from kvstore.files import Files
+from kvstore.sealed import SealedTokens
 from kvstore.tiers import inventory, rebuild
 from kvstore.tiers.base import Entry, Problem
 from kvstore.tiers.extents import Extents
@@ -24,6 +25,7 @@ from kvstore.tiers.folder import Folder
 from kvstore.tiers.pending import Pending
 from kvstore.tiers.slab import SLOT_BITS
 from kvstore.tiers.slots import Slots
+from kvstore.vault import Vault
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -37,15 +39,23 @@ class DiskTier:
     """``Tier`` on a local disk. See ``base.Tier`` for what each method promises."""
 
     def __init__(
-        self, files: Files, path: Place, capacity: int | None, *, create: bool = True, index_bytes: int | None = None
+        self,
+        files: Files,
+        path: Place,
+        capacity: int | None,
+        *,
+        create: bool = True,
+        index_bytes: int | None = None,
+        vault: Vault | None = None,
     ) -> None:
         """Takes the directory ``path`` with a budget of ``capacity`` bytes (None: all that is there, to look only).
 
-        ``index_bytes`` is the index's part of the budget. Raises ``BadInput``, ``StoreBusy`` or ``TierError``.
+        ``index_bytes`` is the index's part of the budget. ``vault``: what seals blocks; it closes with the tier.
+        Raises ``BadInput``, ``StoreBusy`` or ``TierError``.
         """
         if capacity is not None and capacity < MIN_CAPACITY:
             raise BadInput(f"a disk tier needs at least {MIN_CAPACITY >> 20} MiB, but {capacity} bytes were given")
-        self._files = files
+        self._files, self.vault = files, vault
         self._committing = threading.RLock()
         self._closed = False
         self._pid = os.getpid()
@@ -176,7 +186,10 @@ class DiskTier:
 
     def tokens(self, sequence: int) -> bytes | None:
         """See ``Tier``."""
-        return self._catalog.tokens(sequence)
+        found = self._catalog.tokens(sequence)
+        if isinstance(found, SealedTokens):
+            return None if self.vault is None else self.vault.tokens(sequence, found)
+        return found
 
     def remember(self, name: str, value: str) -> None:
         """See ``Tier``."""
@@ -216,13 +229,15 @@ class DiskTier:
                 self._extents.tidy()
                 if self._catalog.size > self._index_limit:
                     self._catalog.rewrite()
-        return inventory.without(snapshot, lost)
+        entries = inventory.without(snapshot, lost)
+        return entries if self.vault is None else inventory.revealed(entries, self.vault)
 
     def verify(self) -> Iterator[Problem]:
         """See ``Tier``. Begins with what was found and mended at open."""
         yield from self.problems
-        for problem, sequence in rebuild.check(self.read, self._catalog.snapshot().entries(), self.tokens):
-            if not self._pending.forgotten(sequence) and self.tokens(sequence) is not None:
+        entries, tokens = self._catalog.snapshot().entries(), self._catalog.tokens
+        for problem, sequence in rebuild.check(self.read, entries, tokens, self.vault):
+            if not self._pending.forgotten(sequence) and tokens(sequence) is not None:
                 yield problem
 
     def close(self) -> None:
@@ -231,6 +246,8 @@ class DiskTier:
             return
         self._closed = True
         with ExitStack() as stack, _translated():
+            if self.vault is not None:
+                stack.callback(self.vault.close)
             stack.callback(self._folder.close)
             stack.callback(self._extents.close)
             stack.callback(self._catalog.close)

@@ -98,19 +98,30 @@ class Folder:
 
     def network(self) -> str:
         """Type of the filesystem when it is a network's, else an empty string."""
-        try:
-            mounts = self._files.read_small("/proc/self/mounts").decode(errors="replace")
-        except OSError:  # no Linux
-            return ""
-        real, best, kind = os.path.realpath(self.path), "", ""
-        for line in mounts.splitlines():
-            _, point, this = line.split(" ")[:3]
-            point = point.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
-            inside = real == point or real.startswith(point.rstrip("/") + "/")
-            if inside and len(point) >= len(best):
-                best, kind = point, this
-        return kind if _NETWORK.fullmatch(kind) else ""
+        kind = filesystem(self._files, self.path)
+        return kind if is_network(kind) else ""
 
     def close(self) -> None:
         """Lets go of the directory."""
         self._files.close(self._lock)
+
+
+def filesystem(files: Files, path: str) -> str:
+    """Type of the filesystem that holds a path; empty where the system does not say."""
+    try:
+        mounts = files.read_small("/proc/self/mounts").decode(errors="replace")
+    except OSError:  # no Linux
+        return ""
+    real, best, kind = os.path.realpath(path), "", ""
+    for line in mounts.splitlines():
+        _, point, this = line.split(" ")[:3]
+        point = point.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, this
+    return kind
+
+
+def is_network(kind: str) -> bool:
+    """Whether filesystems of this type are another machine's."""
+    return bool(_NETWORK.fullmatch(kind))

@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from kvstore.block import address_of
 from kvstore.errors import BadInput
@@ -34,8 +35,8 @@ LOOK_AHEAD = 4  # a class grows early when fewer than a LOOK_AHEAD-th of an exte
 _MADV_POPULATE_WRITE = 23
 _memset = ctypes.memset
 # Through ctypes, because mmap.madvise keeps the interpreter's lock while the kernel works.
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+madvise = ctypes.CDLL(None).madvise
+madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def memory_limit() -> int:
@@ -51,21 +52,45 @@ def memory_limit() -> int:
     return limit
 
 
+class Memory(Protocol):
+    """Where a host tier has its extents from. Called under the lock that guards the tier."""
+
+    def map(self, number: int, size: int) -> mmap.mmap | None:
+        """Memory for the extent of this number; None: there is no more."""
+
+    def retire(self, number: int) -> None:
+        """The tier has let go of it."""
+
+
+class Anonymous:
+    """Memory of this process alone."""
+
+    def map(self, number: int, size: int) -> mmap.mmap | None:
+        """See ``Memory``."""
+        try:
+            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError):
+            return None
+
+    def retire(self, number: int) -> None:
+        """It goes with its last view."""
+
+
 class HostTier:
     """Slots in memory. ``reserve`` and ``free`` are called under the store's lock; views may be used without it."""
 
-    def __init__(self, capacity: int, pins: Pins | None = None) -> None:
-        """Raises ``BadInput`` when ``capacity`` bytes cannot be had on this machine."""
-        limit = memory_limit()
-        if capacity > limit:
-            raise BadInput(
-                f"host={capacity} bytes is more than the {limit} bytes of memory here; choose a smaller size"
-            )
-        self.capacity = capacity
+    def __init__(
+        self, capacity: int, pins: Pins | None = None, memory: Memory | None = None, touch: bool = True
+    ) -> None:
+        """``memory`` maps each extent; ``touch``: its pages are mapped ahead of use, by a thread.
+
+        Raises ``BadInput`` when ``capacity`` bytes cannot be had on this machine."""
+        self.check(capacity)
         extent = min(max(capacity // 16, MIN_EXTENT), MAX_EXTENT)
         self._memory: dict[int, tuple[mmap.mmap, memoryview, int]] = {}  # extent -> mapping, its bytes, base address
         self._slab = Slab(capacity, extent, self._grow, self._shrink)
         self._toucher: threading.Thread | None = None
+        self._source, self._touches = memory or Anonymous(), touch
         self._pins = pins
         self._pinned: dict[int, list[tuple[int, int]]] = {}  # extent -> what is pinned of it; the thread's own
         self._complained = False  # the thread's own, too
@@ -74,6 +99,28 @@ class HostTier:
         self._leaving: list[tuple[int, mmap.mmap]] = []  # extents that are to be unpinned, and kept in place until then
         self._pinned_bytes = 0
         self._closed = False
+
+    @staticmethod
+    def check(capacity: int) -> None:
+        """Raises ``BadInput`` when ``capacity`` bytes cannot be had on this machine."""
+        if capacity > (limit := memory_limit()):
+            raise BadInput(
+                f"host={capacity} bytes is more than the {limit} bytes of memory here; choose a smaller size"
+            )
+
+    @property
+    def slab(self) -> Slab:
+        """The allocator, for who moves blocks between its extents."""
+        return self._slab
+
+    @property
+    def capacity(self) -> int:
+        """Byte budget; when it is made smaller, what is used is too much until it is given back."""
+        return self._slab.capacity
+
+    @capacity.setter
+    def capacity(self, size: int) -> None:
+        self._slab.capacity = size
 
     @property
     def used(self) -> int:
@@ -130,6 +177,14 @@ class HostTier:
         """Memory address of the slot's first byte."""
         return self._memory[address >> SLOT_BITS][2] + self._slab.offset(address)
 
+    def offset(self, address: int) -> int:
+        """Where the slot begins in its extent, whose number is in the address."""
+        return self._slab.offset(address)
+
+    def trim(self) -> None:
+        """Gives back extents without a slot in use."""
+        self._slab.trim()
+
     def erase(self, address: int) -> None:
         """Overwrites a slot with zeros."""
         _memset(self.pointer(address), 0, self._slab.slot_bytes(address))
@@ -150,9 +205,8 @@ class HostTier:
         self._toucher.join()
 
     def _grow(self, extent: Extent) -> bool:
-        try:
-            mapping = mmap.mmap(-1, extent.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, ValueError):
+        mapping = self._source.map(extent.number, extent.bytes)
+        if mapping is None:
             return False
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: the memory works all the same
@@ -162,6 +216,8 @@ class HostTier:
             # the pinned one, would go on with that.
             mapping.madvise(mmap.MADV_DONTFORK)
         self._memory[extent.number] = (mapping, memoryview(mapping), address_of(mapping))
+        if not self._touches:
+            return True
         with self._wake:
             self._untouched.append(extent)
             if self._toucher is None:
@@ -177,6 +233,7 @@ class HostTier:
 
     def _shrink(self, extent: Extent) -> None:
         entry = self._memory.pop(extent.number, None)
+        self._source.retire(extent.number)
         with self._wake:
             if extent in self._untouched:
                 self._untouched.remove(extent)
@@ -210,7 +267,7 @@ class HostTier:
             with self._wake:
                 if self._closed:
                     return
-            if _madvise(base + start, min(step, size - start), _MADV_POPULATE_WRITE):
+            if madvise(base + start, min(step, size - start), _MADV_POPULATE_WRITE):
                 return  # a kernel without it (before 5.14): pages are mapped by their first use
 
     def _pin(self, extent: Extent, base: int) -> None:

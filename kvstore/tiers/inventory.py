@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
+from kvstore.keys import KEY_BYTES
 from kvstore.tiers.base import Entry
 from kvstore.tiers.catalog import Snapshot
 from kvstore.tiers.slab import SLOT_BITS, SLOT_MASK, Extent, Slab
+from kvstore.vault import Vault
+
+_BATCH = 4096
 
 
 def beyond(slab: Slab, snapshot: Snapshot, index_bytes: int, index_limit: int) -> list[Extent]:
@@ -57,3 +62,24 @@ def without(snapshot: Snapshot, lost: set[int]) -> Iterator[Entry]:
     if not lost:
         return snapshot.entries()
     return (entry for entry in snapshot.entries() if entry.sequence not in lost)
+
+
+def revealed(entries: Iterable[Entry], vault: Vault) -> Iterator[Entry]:
+    """The entries, in their order, with the keys that sealed ones had before; those without a key are left as they
+    are."""
+    entries = iter(entries)
+    while batch := list(islice(entries, _BATCH)):
+        sealed: dict[bytes, list[int]] = defaultdict(list)
+        for place, entry in enumerate(batch):
+            if entry.seal:
+                sealed[entry.namespace].append(place)
+        for namespace, places in sealed.items():
+            key = vault.known(namespace)
+            places = [place for place in places if key is not None and key.mark == batch[place].seal]
+            if key is None or not places:
+                continue
+            plain = key.unmask(b"".join([batch[place].key + batch[place].parent for place in places]))
+            for start, place in zip(range(0, len(plain), 2 * KEY_BYTES), places, strict=True):
+                middle, end = start + KEY_BYTES, start + 2 * KEY_BYTES
+                batch[place] = batch[place]._replace(key=plain[start:middle], parent=plain[middle:end], seal=0)
+        yield from batch

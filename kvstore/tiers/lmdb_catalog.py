@@ -19,6 +19,7 @@ import lmdb
 
 from kvstore.errors import Corrupt, TierError
 from kvstore.files import PAGE, Files
+from kvstore.sealed import SealedTokens
 from kvstore.tiers import records
 from kvstore.tiers.catalog import Change, Doubt
 from kvstore.tiers.lmdb_check import UNFINISHED, check, destroy, leave_digest
@@ -31,6 +32,8 @@ from kvstore.tiers.records import (
     opened,
     pack_name,
     sealed,
+    tokens_in,
+    tokens_value,
     unpack_name,
 )
 
@@ -114,14 +117,14 @@ class LmdbCatalog:
                 image += batch
         return RecordSnapshot(image, self._names)
 
-    def tokens(self, sequence: int) -> bytes | None:
+    def tokens(self, sequence: int) -> bytes | SealedTokens | None:
         """See ``Catalog``. Two microseconds."""
         try:
             with self._reading:
                 value = self._view.get(_KEY.pack(sequence), None, self._tokens)
         except lmdb.Error:  # the environment was lost in a failed rewrite
             return None
-        return opened(value, sequence)
+        return tokens_in(value, sequence)
 
     def recall(self, name: str) -> str | None:
         """See ``Catalog``."""
@@ -181,7 +184,7 @@ class LmdbCatalog:
             record = records.record(address, header, numbers)
             key, append = _KEY.pack(header.sequence), header.sequence > last
             txn.put(key, record, append=append, db=self._records)
-            txn.put(key, sealed(header.tokens, header.sequence), append=append, db=self._tokens)
+            txn.put(key, tokens_value(header), append=append, db=self._tokens)
             last = max(last, header.sequence)
         self._last = last  # too high after a failure, which costs nothing but half-filled pages
 

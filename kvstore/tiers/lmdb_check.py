@@ -31,8 +31,20 @@ _STEP = 4 << 20
 
 
 def check(files: Files, folder: str) -> bool:
+    """``sound`` for who opens it: takes the digest away, because from now on the file changes."""
+    clean = sound(files, folder)
+    try:
+        if clean:
+            files.remove(f"{folder}/{DIGEST}")
+            files.sync_folder(folder)
+    except OSError as error:
+        raise Doubt(f"it cannot be read: {error}") from error
+    return clean
+
+
+def sound(files: Files, folder: str) -> bool:
     """Raises ``Doubt`` unless the file may be opened. True: it is bit for bit what was closed; False: only its
-    structure is sound. Takes the digest away, because from now on the file changes."""
+    structure is sound."""
     path, beside = f"{folder}/{DATA}", f"{folder}/{DIGEST}"
     try:
         if not files.exists(path):
@@ -54,9 +66,6 @@ def check(files: Files, folder: str) -> bool:
                 Walk(view).run(deep=not clean)
         finally:
             files.close(handle)
-        if clean:
-            files.remove(beside)
-            files.sync_folder(folder)
         return clean
     except (OSError, ValueError, struct.error) as error:
         raise Doubt(f"it cannot be read: {error}") from error

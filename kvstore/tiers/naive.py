@@ -16,6 +16,8 @@ from kvstore.tiers.catalog import Change, MemoryCatalog
 class NaiveTier:
     """``Tier`` in plain memory; forgets all when it is closed. See ``base.Tier`` for what each method promises."""
 
+    vault = None  # nothing leaves memory
+
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
@@ -99,7 +101,8 @@ class NaiveTier:
 
     def tokens(self, sequence: int) -> bytes | None:
         """See ``Tier``."""
-        return self._catalog.tokens(sequence)
+        found = self._catalog.tokens(sequence)
+        return found if isinstance(found, bytes) else None
 
     def touch(self, sequences: Iterable[int], now: float) -> None:
         """See ``Tier``."""

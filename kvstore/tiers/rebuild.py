@@ -11,12 +11,15 @@ from dataclasses import replace
 from kvstore.block import Header, bad_pieces, decode_header, header_length
 from kvstore.errors import Corrupt, TierError
 from kvstore.files import PAGE, Files
+from kvstore.sealed import SealedTokens, stored_sum
 from kvstore.tiers.base import Entry, Problem
 from kvstore.tiers.catalog import Catalog, Change, Doubt, MemoryCatalog
 from kvstore.tiers.lmdb_catalog import LmdbCatalog
 from kvstore.tiers.slab import SLOT_BITS, Extent
+from kvstore.vault import NoKey, Vault
 
 Read = Callable[[int, int, memoryview], None]  # address, offset in the slot, buffer
+Tokens = Callable[[int], bytes | SealedTokens | None]
 THREADS = 4
 BATCHES = 4096, 64
 
@@ -75,7 +78,8 @@ def _headers(read: Read, extent: Extent) -> list[tuple[int, Header]]:
             except TierError:  # empty, torn or unreadable: a free slot
                 continue
             if header.slot_bytes <= extent.slot_bytes:
-                found.append((address, replace(header, checksums=None)))
+                seal = None if header.seal is None else header.seal.brief()
+                found.append((address, replace(header, checksums=None, seal=seal)))
     return found
 
 
@@ -84,11 +88,17 @@ def _header(read: Read, address: int, buffer: memoryview) -> Header:
     total = header_length(buffer[:PAGE], len(buffer))
     if total > PAGE:
         read(address, PAGE, buffer[PAGE : -(-total // PAGE) * PAGE])
-    return decode_header(buffer[: max(total, PAGE)])
+    return decode_header(buffer[: max(total, PAGE)], sealed=True)
 
 
-def check(read: Read, entries: Iterable[Entry], tokens: Callable[[int], bytes | None]) -> Iterator[tuple[Problem, int]]:
-    """Reads each block and compares it with its entry and its checksums. Problems come with the block's sequence."""
+def check(
+    read: Read, entries: Iterable[Entry], tokens: Tokens, vault: Vault | None = None
+) -> Iterator[tuple[Problem, int]]:
+    """Reads each block and compares it with its entry and its checksums. Problems come with the block's sequence.
+
+    Entries and tokens are as the catalog has them. Sealed blocks are opened with the keys that are there; of
+    others, the header and the checksums of what is on disk are looked at.
+    """
     with ExitStack() as stack:
         buffer = memoryview(b"")
         for entry in entries:
@@ -98,22 +108,42 @@ def check(read: Read, entries: Iterable[Entry], tokens: Callable[[int], bytes | 
                 buffer = stack.enter_context(memoryview(stack.enter_context(mmap.mmap(-1, need))))
             try:
                 with buffer[:need] as slot:
-                    what = _wrong(read, entry, tokens, slot)
+                    what = _wrong(read, entry, tokens, slot, vault)
             except TierError as error:
                 what = str(error)
             if what:
                 yield Problem(entry.address, entry.key.hex(), what), entry.sequence
 
 
-def _wrong(read: Read, entry: Entry, tokens: Callable[[int], bytes | None], slot: memoryview) -> str:
+def _wrong(read: Read, entry: Entry, tokens: Tokens, slot: memoryview, vault: Vault | None) -> str:
     read(entry.address, 0, slot)
     area = entry.layout.header_bytes
-    header = decode_header(slot[:area])
+    header = decode_header(slot[:area], sealed=True)
     if (header.key, header.parent, header.sequence) != (entry.key, entry.parent, entry.sequence):
         raise Corrupt("another block lies in its slot")
-    if (header.layout, header.stride, header.namespace) != (entry.layout, entry.stride, entry.namespace):
+    mark = 0 if header.seal is None else header.seal.mark
+    said = entry.layout, entry.stride, entry.namespace, entry.seal
+    if (header.layout, header.stride, header.namespace, mark) != said:
         raise Corrupt("the index and the header disagree")
-    if tokens(entry.sequence) != header.tokens:
+    if tokens(entry.sequence) != header.indexed_tokens:
         return "the index has other token ids than the header"
-    bad = sorted({layer for layer, _ in bad_pieces(header, slot[area:], 0, len(header.layout.layers))})
-    return f"bytes of {len(bad)} of {len(header.layout.layers)} layers are not what was written" if bad else ""
+    layers, payload = len(header.layout.layers), slot[area:]
+    if header.seal is not None:
+        bad = _bad_layers(header, payload)
+        if not bad and vault is not None:
+            try:
+                opened = vault.open(header)
+            except NoKey:
+                return ""
+            opened.layers(payload, 0, layers)
+            header = opened.header
+    if header.seal is None:
+        bad = sorted({layer for layer, _ in bad_pieces(header, payload, 0, layers)})
+    return f"bytes of {len(bad)} of {layers} layers are not what was written" if bad else ""
+
+
+def _bad_layers(header: Header, payload: memoryview) -> list[int]:
+    """Layers of a sealed payload that are not the ciphertext that was written. It takes no key to tell."""
+    assert header.seal is not None and header.checksums is not None
+    layout, stride = header.layout, header.stride
+    return [n for n, known in enumerate(header.checksums) if stored_sum(payload, layout, stride, n) != known]

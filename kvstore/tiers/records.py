@@ -10,16 +10,18 @@ from xxhash import xxh3_64_intdigest
 
 from kvstore.block import FORMS, Header, pack_layout, unpack_layout
 from kvstore.layout import Layout
+from kvstore.sealed import SealedTokens, pack_tokens, unpack_tokens
 from kvstore.tiers.base import Entry
 from kvstore.tiers.catalog import Doubt
 
-# sequence, address, key, parent, numbers of namespace, tenant, owner and layout, tokens, stride, flags, nothing,
-# created, expires, used, xxh3_64 of what stands before it
+# sequence, address, key, parent, numbers of namespace, tenant, owner and layout, tokens, stride, flags, mark of the key
+# that it is sealed with (0: none), created, expires, used, xxh3_64 of what stands before it
 RECORD = struct.Struct("<QQ32s32sIIIIIIIIdddQ")
 ROOT = 1  # bit of the flags; the bits above it are the form's place in FORMS
 _BODY = RECORD.size - 8
 _NAMES = slice(80, 96)  # the numbers of names in a record
 _SUM = struct.Struct("<Q")
+_SEALED = (1 << 64) - 1  # the seed of sealed token bytes is the sequence's complement
 Name = bytes | str | Layout
 
 
@@ -31,7 +33,7 @@ def names_of(header: Header) -> tuple[Name, Name, Name, Name]:
 def record(address: int, header: Header, numbers: list[int]) -> bytes:
     """Record of a block that was just written."""
     flags = int(header.root) | FORMS.index(header.form) << 1
-    sizes = header.token_count, header.stride, flags, 0
+    sizes = header.token_count, header.stride, flags, 0 if header.seal is None else header.seal.mark
     times = header.created, header.expires, header.created
     return _summed(header.sequence, address, header.key, header.parent, *numbers, *sizes, *times)
 
@@ -61,6 +63,22 @@ def opened(value: bytes | None, seed: int = 0) -> bytes | None:
         return None
     data = value[:-8]
     return data if value[-8:] == _SUM.pack(xxh3_64_intdigest(data, seed)) else None
+
+
+def tokens_value(header: Header) -> bytes:
+    """What the table of token bytes has of a block. Sealed ones have another seed: none is taken for the other."""
+    tokens, sequence = header.indexed_tokens, header.sequence
+    if isinstance(tokens, SealedTokens):
+        return sealed(pack_tokens(tokens), sequence ^ _SEALED)
+    return sealed(tokens, sequence)
+
+
+def tokens_in(value: bytes | None, sequence: int) -> bytes | SealedTokens | None:
+    """The token bytes in a value; None when there is none or it is damaged."""
+    data = opened(value, sequence)
+    if data is None and (data := opened(value, sequence ^ _SEALED)) is not None:
+        return unpack_tokens(data)
+    return data
 
 
 def pack_name(name: Name) -> bytes:
@@ -106,6 +124,7 @@ class RecordSnapshot:
         """Their entries; names and layouts are shared objects."""
         names, new, forms = self._names, tuple.__new__, FORMS
         for r in RECORD.iter_unpack(self._image):
-            sequence, address, key, parent, space, tenant, owner, layout, tokens, stride, flags, _, *times, _ = r
+            sequence, address, key, parent, space, tenant, owner, layout, tokens, stride, flags, mark, *times, _ = r
             what = names[space], names[tenant], names[owner], names[layout], tokens, stride
-            yield new(Entry, (sequence, address, key, parent, *what, *times, flags & ROOT == ROOT, forms[flags >> 1]))
+            how = flags & ROOT == ROOT, forms[flags >> 1], mark
+            yield new(Entry, (sequence, address, key, parent, *what, *times, *how))

@@ -87,9 +87,7 @@ class Slab:
         if self.room < slot_bytes:
             if not self._empty:
                 return False
-            for extent in [self.extents[number] for number in self._empty]:
-                if extent.slot_bytes != slot_bytes:
-                    self.drop(extent)
+            self.trim(slot_bytes)
         slots = min(max(self._least, self.extent_bytes // slot_bytes), self.room // slot_bytes, SLOT_MASK)
         if slots < 1:
             return False
@@ -99,6 +97,12 @@ class Slab:
         self._next += 1
         self.adopt(extent)
         return True
+
+    def trim(self, but: int = 0) -> None:
+        """Gives back all empty extents, those of class ``but`` excepted."""
+        for extent in [self.extents[number] for number in self._empty]:
+            if extent.slot_bytes != but:
+                self.drop(extent)
 
     def adopt(self, extent: Extent) -> None:
         """Takes in an extent that exists already (found at open)."""

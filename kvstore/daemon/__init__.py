@@ -1,0 +1,82 @@
+"""One store for the workers of a host: a process that holds it, and the client that is a store to its callers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from kvstore.errors import BadInput
+from kvstore.sizes import size_bytes
+
+if TYPE_CHECKING:
+    from kvstore.daemon.client import Client
+    from kvstore.daemon.coroutines import AsyncClient
+
+SOCKET = "kvstore.sock"  # of the daemon that serves a directory, in it
+MAX_TOKEN = 4096
+
+
+def connect(
+    url: str | os.PathLike[str],
+    *,
+    timeout: float = 1.0,
+    token: str | None = None,
+    ca: str | os.PathLike[str] | None = None,
+    buffer: str | int = "256MiB",
+) -> Client:
+    """A store that a daemon (``kvstore serve``) holds: ``"unix:/run/kvstore.sock"``, or the daemon's directory.
+
+    ``timeout``: seconds within which any call is answered, or else is a miss. ``token``: the text that says which of
+    the daemon's tenants this is; without one it is who the system says. Raises ``Unreachable`` when no daemon is there
+    now; one that goes away later is found again when it is back, and until then everything misses.
+
+    ``"tls://host:port"`` is a daemon on another machine, which takes nobody without a token. ``ca``: a file (PEM) of who
+    certifies it; without one, those whom the system trusts. ``buffer``: memory here for blocks that are loaded or saved.
+    """
+    from kvstore.daemon.client import Client
+
+    given: object = timeout
+    if not isinstance(given, int | float) or not 0 < given < 86400:
+        raise BadInput(f"timeout={timeout!r} is no number of seconds; give one above 0")
+    if token is not None and not 0 < len(token) < MAX_TOKEN:
+        raise BadInput(f"a token has 1 to {MAX_TOKEN} characters; give the text of the tenant's token file")
+    text: object = os.fspath(url)
+    if not isinstance(text, str) or "\0" in text or not text.removeprefix("unix:"):
+        raise BadInput(f'{url!r} names no daemon; write "unix:/path/of/its/socket", or its directory')
+    if text.startswith("tls://"):
+        return _far(text, timeout, token, ca, buffer)
+    place = Path(text.removeprefix("unix:").removeprefix("//")).expanduser().absolute()
+    return Client(place / SOCKET if place.is_dir() else place, timeout, token)
+
+
+def _far(url: str, timeout: float, token: str | None, ca: str | os.PathLike[str] | None, buffer: str | int) -> Client:
+    from kvstore.daemon.far import FarClient
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+        raise BadInput(f'{url!r} names no daemon; write "tls://host:port"')
+    if token is None:
+        raise BadInput(
+            "a daemon on another machine takes nobody without a token; give the text of the tenant's token file"
+        )
+    return FarClient(host, port, token, None if ca is None else os.fspath(ca), size_bytes(buffer, "buffer"), timeout)
+
+
+async def aconnect(
+    url: str | os.PathLike[str],
+    *,
+    timeout: float = 1.0,
+    token: str | None = None,
+    ca: str | os.PathLike[str] | None = None,
+    buffer: str | int = "256MiB",
+) -> AsyncClient:
+    """``connect``, for asyncio: the same verbs, awaited."""
+    from kvstore.daemon.coroutines import AsyncClient
+
+    return await AsyncClient.connected(lambda: connect(url, timeout=timeout, token=token, ca=ca, buffer=buffer))
