@@ -102,8 +102,7 @@ def open(
     ``host`` and ``disk`` are byte budgets (``"8GiB"`` or an int) that are never exceeded. A directory that this process
     has open already is shared (its budgets stand, and it closes with the last who closes); one that another process
     holds raises ``StoreBusy``, or, with ``on_busy="memory"``, gives a store in memory, with ``"connect"`` that of the
-    daemon that serves it (see ``connect``). ``files`` is the door to the
-    operating system (tests inject faults).
+    daemon that serves it (see ``connect``). ``files`` is the door to the operating system (tests inject faults).
 
     ``device`` is the budget of a tier on the device ``device_name`` ("cuda", "cuda:1", "cpu"), which is taken at once
     and keeps what was loaded last where the engine is; 0: none. With it (0 too), host memory is pinned for CUDA as it
@@ -119,14 +118,7 @@ def open(
     Raises ``BadInput`` for sizes that make no sense, for a directory that is not a cache, for a key folder that others
     can read, and for a cache with encrypted blocks without ``encryption``.
     """
-    host_bytes = size_bytes(host, "host")
-    disk_bytes = size_bytes(disk, "disk")
-    if host_bytes < MIN_HOST:
-        raise BadInput(f"host={host!r} is too small to hold a block; give at least 1MiB")
-    if disk_bytes < MIN_DISK:
-        raise BadInput(f"disk={disk!r} is too small for an index and a block; give at least 4MiB")
-    if on_busy not in ("error", "memory", "connect"):
-        raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error", "memory" or "connect"')
+    host_bytes, disk_bytes = _budgets(host, disk, on_busy)
     wanted = _device_bytes(device, device_name)
     shared_with, keys = remote(redis), None if encryption is None else place_of(encryption)
     if path is None:
@@ -152,6 +144,18 @@ def open(
             return _in_memory(host_bytes, wanted, device_name, shared_with)
         _open[place] = _Shared(store, 1, keys)
         return store
+
+
+def _budgets(host: str | int, disk: str | int, on_busy: str) -> tuple[int, int]:
+    host_bytes = size_bytes(host, "host")
+    disk_bytes = size_bytes(disk, "disk")
+    if host_bytes < MIN_HOST:
+        raise BadInput(f"host={host!r} is too small to hold a block; give at least 1MiB")
+    if disk_bytes < MIN_DISK:
+        raise BadInput(f"disk={disk!r} is too small for an index and a block; give at least 4MiB")
+    if on_busy not in ("error", "memory", "connect"):
+        raise BadInput(f'on_busy={on_busy!r} is unknown; choose "error", "memory" or "connect"')
+    return host_bytes, disk_bytes
 
 
 def _device_bytes(device: str | int | None, name: str) -> int | None:

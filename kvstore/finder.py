@@ -28,7 +28,8 @@ class Finder:
         residency = self._residency
         limit = max(len(tokens) // TOKEN_BYTES - (not whole), 0)
         keys, elsewhere = list[bytes](), list[RemoteBlock]()
-        if self._remote is not None and len(tokens) >= layout.block_tokens * TOKEN_BYTES:
+        whole_block = len(tokens) >= layout.block_tokens * TOKEN_BYTES
+        if self._remote is not None and whole_block and self._remote.seeker.asks():
             keys = _keys(namespace, layout, tokens, root)
             elsewhere = self._elsewhere(self._remote, namespace, layout, tokens, root, keys)
         with residency.lock:

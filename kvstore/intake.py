@@ -77,11 +77,12 @@ class Intake:
         if fetch.block is None:
             self._residency.counters.add(kind)
             log.warning("a block on disk is dropped: %s", error)
-        elif isinstance(error, Missing):
-            self._residency.counters.add("remote_missing_blocks")
+        elif isinstance(error, Corrupt):
+            self._residency.counters.add("remote_corrupt_blocks")
+            log.warning("a block from the remote tier is dropped: %s", error)
         else:
-            self._residency.counters.add(f"remote_{kind}")
-            log.warning("a block does not come from the remote tier: %s", error)
+            missing = isinstance(error, Missing)
+            self._residency.counters.add("remote_missing_blocks" if missing else "remote_failed_blocks")
 
     def _read(self, fetch: Fetch, part: int) -> None:
         """Reads one part (the first with the header) from disk into the slot, and opens it if it is sealed."""
@@ -170,6 +171,8 @@ class Intake:
             residency.counters.add("remote_read_bytes", resident.payload)
             if header.expires:
                 residency.expire_at(number, header.expires)
+            for listener in residency.listeners:
+                listener.append(number)
             residency.admit([number])
             residency.share([number])
 

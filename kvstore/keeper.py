@@ -91,7 +91,7 @@ class Keeper:
         """See ``Store.pin``."""
         if tier not in NAMES:
             raise BadInput(f"tier={tier!r} is none to pin in; choose one of {', '.join(NAMES)}")
-        _check(seconds)
+        check_seconds(seconds)
         residency, keeping = self._residency, self._residency.keeping
         reads, uploads = list[tuple[Fetch, int]](), list[Upload]()
         with residency.lock:
@@ -118,7 +118,7 @@ class Keeper:
 
     def retain(self, match: Match, seconds: float) -> Retained:
         """See ``Store.retain``."""
-        _check(seconds)
+        check_seconds(seconds)
         residency, keeping = self._residency, self._residency.keeping
         with residency.lock:
             residency.check_open()
@@ -241,7 +241,8 @@ class Keeper:
         return there == len(numbers)
 
 
-def _check(seconds: float) -> None:
+def check_seconds(seconds: float) -> None:
+    """Raises ``BadInput`` for what is no time to keep something."""
     given: object = seconds
     if not isinstance(given, int | float) or not (math.isfinite(given) and given > 0):
         raise BadInput(f"seconds={given!r} is no positive number; say how long")

@@ -78,6 +78,7 @@ class Residency:
         self.write_soon: Callable[[int], None] = lambda _: None  # set by the writer: a dirty block is to be written
         self.admit: Callable[[Sequence[int]], None] = lambda _: None  # likewise: a chain is saved, or used anew
         self.share: Callable[[Sequence[int]], None] = lambda _: None  # likewise, for the remote tier
+        self.listeners: list[deque[int]] = []  # are told the numbers of blocks that are new here
         self.erase_soon: Callable[[], None] = lambda: None  # set by the store: ``take_erasable`` has something
         self.doomed = DoomedSlots(host, disk, lambda: self.erase_soon())
         # Filled by finalizers, which may run anywhere and so take no lock; taken in by ``settle``.

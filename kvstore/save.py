@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -133,7 +132,7 @@ class Saver:
     def __init__(self, residency: Residency, writer: Writer) -> None:
         self._residency = residency
         self._writer = writer
-        self.listeners: list[deque[int]] = []  # are told the numbers of new blocks; guarded by residency.lock
+        self.listeners = residency.listeners
 
     def drafts(self, layout: Layout, count: int) -> list[Draft]:
         """See ``Store.drafts``."""

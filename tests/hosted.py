@@ -17,8 +17,9 @@ from gates import MIB, PATIENCE
 
 from kvstore.daemon.arenas import Allowance, Arenas
 from kvstore.daemon.client import Client
+from kvstore.daemon.peer import Peer
 from kvstore.daemon.server import Server
-from kvstore.daemon.session import Peer, Session, Tenant
+from kvstore.daemon.session import Session, Tenant
 from kvstore.files import Files, OsFiles
 from kvstore.local import LocalStore
 from kvstore.policies.pace import Pace
@@ -90,8 +91,11 @@ class HostedClient(Client):
     is let go of when it asks for numbers."""
 
     def __init__(self, hosted: Hosted, timeout: float, owns: bool) -> None:
-        super().__init__(hosted.path, timeout)
         self.hosted, self._owns = hosted, owns
+        self._join(timeout)
+
+    def _join(self, timeout: float) -> None:
+        super().__init__(self.hosted.path, timeout)
 
     @property
     def session(self) -> Session:
@@ -136,7 +140,7 @@ class HostedClient(Client):
         return self._caller._closed
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_residency", "_mover", "_writer", "_loader"):
+        if name in ("_residency", "_mover", "_writer", "_loader", "_saver", "_keeper"):
             return getattr(self.hosted.store, name)
         raise AttributeError(name)
 

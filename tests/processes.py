@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -39,14 +40,19 @@ def descriptors(pid: int) -> Counter[str]:
             target = os.readlink(f"/proc/{pid}/fd/{name}")
         except FileNotFoundError:
             continue
-        found[target.split(":[")[0]] += 1
+        found[_name(target)] += 1
     return found
 
 
 def mappings(pid: int) -> Counter[str]:
     """Its mappings of shared memory, by name."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return Counter(line.split("/memfd:")[1].split(" ")[0] for line in lines if "/memfd:kvstore" in line)
+    return Counter(_name("/memfd:" + line.split("/memfd:")[1]) for line in lines if "/memfd:kvstore" in line)
+
+
+def _name(target: str) -> str:
+    """Without numbers of inodes and sessions."""
+    return re.sub(r":\[\d+\]|-\d+ \(deleted\)| \(deleted\)", "", target)
 
 
 def threads(pid: int) -> int:
@@ -54,6 +60,8 @@ def threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def in_memory() -> set[str]:
-    """Names in /dev/shm that a store could have left."""
-    return {name for name in os.listdir("/dev/shm") if "kvstore" in name and "test" not in name}
+def named(pid: int, folder: Path) -> set[str]:
+    """What it has mapped or open that has a name in shared memory, but for what is in this folder's parent."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    found = {line.split(" ", 5)[5].strip() for line in lines if "/dev/shm" in line} | {*descriptors(pid)}
+    return {name for name in found if name.startswith("/dev/shm") and not name.startswith(str(folder.parent))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,11 +12,12 @@ from typing import Any, cast
 
 from blocks import NS, SMALL, ids, recount
 from gates import PATIENCE, Gate
-from servers import Server
 
 from kvstore import Layout, Namespace
+from kvstore.bench.remote.server import Server
 from kvstore.errors import TierError
 from kvstore.files import OsFiles
+from kvstore.hot import Hot
 from kvstore.local import LocalStore
 from kvstore.policies.lru import LRU
 from kvstore.remote.options import RemoteOptions
@@ -48,11 +50,12 @@ class GatedRemote:
         self.tier = tier
         self.calls: Counter[str] = Counter()
         self.fails = False
+        self._lock = threading.Lock()
         self._gates: dict[str, Gate] = {}
 
-    def gate(self, name: str, *, after: bool = False, error: bool = False) -> Gate:
-        """A gate for the next call of this name, and for those that come while it is shut."""
-        self._gates[name] = Gate(1, after, error)
+    def gate(self, name: str, calls: int = 1, *, after: bool = False) -> Gate:
+        """A gate for the next ``calls`` calls of this name."""
+        self._gates[name] = Gate(calls, after, error=False)
         return self._gates[name]
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +67,12 @@ class GatedRemote:
             self.calls[name] += 1
             if self.fails:
                 raise TierError("the test said so")
-            gate = self._gates.pop(name, None)
+            with self._lock:
+                gate = self._gates.get(name)
+                if gate is not None:
+                    gate.calls -= 1
+                    if not gate.calls:
+                        del self._gates[name]
             return attribute(*arguments) if gate is None else gate.pass_through(lambda: attribute(*arguments))
 
         return passed
@@ -77,10 +85,11 @@ def sharing(
     path: Path | None = None,
     host: int = 8 * MIB,
     checked: bool = True,
+    hot: Hot | None = None,
 ) -> Iterator[LocalStore]:
     """A store with this remote tier; its accounts must be right at the end."""
     disk = None if path is None else DiskTier(OsFiles(), str(path), 64 * MIB)
-    store = LocalStore(HostTier(host), disk, LRU(), LRU(), remote=(cast(Remote, remote), how))
+    store = LocalStore(HostTier(host), disk, LRU(), LRU(), hot=hot, remote=(cast(Remote, remote), how))
     try:
         yield store
         if checked:

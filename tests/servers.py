@@ -6,120 +6,41 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
-PATIENCE = 20.0  # seconds until a server is there
-_INSTALLING = "/tmp/kvstore-tests-install-redis.lock"
+from kvstore.bench.remote.server import Server, answers, free_port, program, wait_until
+from kvstore.bench.remote.server import running as begun
+from kvstore.errors import BadInput
 
 
 @functools.cache
-def program(name: str = "redis-server") -> str:
-    """Where the program is; installed where that is allowed, and skipped with a reason where it is not."""
-    found = shutil.which(name)
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+def install() -> None:
+    """Installs redis-server where it is missing and that is allowed, and skips with a reason where it is not."""
+    if shutil.which("redis-server") is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # nothing starts of itself
         for command in (["apt-get", "update"], ["apt-get", "install", "-y", "redis-server"]):
-            subprocess.run(command, check=False, timeout=300, env=environment, **quiet)  # type: ignore[call-overload]
-        found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed, and cannot be: install the package redis-server")
-    return found
-
-
-def free_port() -> int:
-    """A port of loopback that is free now, and so is the one 10,000 above it."""
-    while True:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-        with socket.socket() as other:
-            if port < 50000 and other.connect_ex(("127.0.0.1", port + 10000)):
-                return port
-
-
-@dataclass
-class Server:
-    """One redis-server under way."""
-
-    port: int
-    folder: Path
-    process: subprocess.Popen[bytes]
-    options: dict[str, object] = field(default_factory=dict)  # how tests talk to it beside the store
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def client(self) -> redis.Redis:
-        """A client of the test's own; the caller closes it."""
-        return redis.Redis(host="127.0.0.1", port=self.port, **self.options)
-
-    def names(self) -> list[bytes]:
-        with self.client() as client:
-            return sorted(client.keys())
-
-    def kill(self) -> None:
-        """As a power cut would."""
-        self.process.kill()
-        self.process.wait(PATIENCE)
-
-
-def start(folder: Path, *arguments: str, port: int | None = None, **options: object) -> Server:
-    """Starts a server that keeps nothing on disk, and waits until it answers."""
-    port = free_port() if port is None else port
-    folder.mkdir(parents=True, exist_ok=True)
-    listening = () if "--port" in arguments else ("--port", str(port))
-    command = [program(), *listening, "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "no"]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
-    server = Server(port, folder, process, options)
+            subprocess.run(command, check=False, timeout=300, env=environment, capture_output=True)
     try:
-        wait_until(lambda: process.poll() is not None or answers(server), "redis-server does not answer")
-        assert process.poll() is None, (folder / "log").read_text()[-500:]
-    except BaseException:
-        server.kill()
-        raise
-    return server
-
-
-def answers(server: Server) -> bool:
-    with server.client() as client:
-        try:
-            return bool(client.ping())
-        except redis.RedisError:
-            return False
-
-
-def wait_until(true: object, what: str = "it does not happen") -> None:
-    """Until a condition of the world outside holds."""
-    assert callable(true)
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not true():
-        assert time.monotonic() < deadline, what
-        pause.wait(0.01)
+        program()
+    except BadInput as error:
+        pytest.skip(f"{error}; it cannot be installed from here")
 
 
 @contextmanager
-def running(*arguments: str, port: int | None = None, **options: object) -> Iterator[Server]:
+def running(*arguments: str, port: int | None = None, **options: Any) -> Iterator[Server]:
     """A server, ended afterwards."""
-    with tempfile.TemporaryDirectory(prefix="kvstore-redis-") as folder:
-        server = start(Path(folder), *arguments, port=port, **options)
-        try:
-            yield server
-        finally:
-            server.kill()
+    install()
+    with begun(*arguments, port=port, **options) as found:
+        yield found
 
 
 @dataclass(frozen=True)
@@ -169,7 +90,7 @@ def with_tls() -> Iterator[tuple[Server, Certificates]]:
         made, port = certificates(Path(folder)), free_port()
         listening = ("--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no")
         files = ("--tls-cert-file", made.certificate, "--tls-key-file", made.key, "--tls-ca-cert-file", made.authority)
-        options = {"ssl": True, "ssl_ca_certs": str(made.authority)}
+        options: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(made.authority)}
         with running(*listening, *map(str, files), port=port, **options) as server:
             yield server, made
 
@@ -207,12 +128,12 @@ def join(servers: Sequence[Server]) -> None:
 
 
 @contextmanager
-def sentinel(server: Server, name: str = "main") -> Iterator[int]:
+def sentinel(watched: Server, name: str = "main") -> Iterator[int]:
     """A Sentinel that watches a server; its port."""
     with tempfile.TemporaryDirectory(prefix="kvstore-sentinel-") as folder:
         port = free_port()
         file = Path(folder) / "sentinel.conf"
-        file.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor {name} 127.0.0.1 {server.port} 1\n")
+        file.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor {name} 127.0.0.1 {watched.port} 1\n")
         with open(Path(folder) / "log", "wb") as log:
             process = subprocess.Popen([program(), str(file), "--sentinel"], stdout=log, stderr=log)
         watcher = Server(port, Path(folder), process)

@@ -25,7 +25,7 @@ class ClientMachine(Machine):
 
 
 def test_a_client_is_a_dict(seed: int) -> None:
-    run(seed, examples=60, steps=30, machine=ClientMachine)
+    run(seed, examples=25, steps=25, machine=ClientMachine)
 
 
 @pytest.mark.soak

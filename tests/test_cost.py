@@ -121,6 +121,24 @@ def test_what_is_not_known_is_loaded() -> None:
     assert split([1000], prospect, known_costs(), math.inf).loaded == 0  # known, it is not
 
 
+@pytest.mark.parametrize(("speed", "loaded"), [(None, 512), (5000 * MB, 512), (MB / 10, 0)])
+def test_what_other_hosts_have_is_measured_by_itself(speed: float | None, loaded: int) -> None:
+    row = [Portion(256, "remote", 256 * TOKEN_BYTES)] * 2
+    line = None if speed is None else Line(0.0, 1 / speed)
+    prospect = Prospect([row], Line(0.0, 1 / MB), 100 * MB, STEPS, TOKEN_BYTES, 12, line)
+    decision = split([1000], prospect, known_costs(), math.inf)  # the disk, slow and busy, has no part in it
+    assert decision.loaded == loaded
+    assert ("how quick the remote tier is" in str(decision)) is (speed is None)
+    assert decision.figures is not None and ("remote_bytes_per_second" in decision.figures) is (speed is not None)
+
+
+def test_disk_and_other_hosts_are_read_beside_each_other() -> None:
+    rows = [[Portion(256, "disk", 100), Portion(256, "remote", 50)]]
+    prospect = Prospect(rows, Line(0.0, 1.0), 0, STEPS, TOKEN_BYTES, 12, Line(1.0, 1.0), 25)
+    assert (prospect.seconds(100, 50), prospect.seconds(0, 50), prospect.seconds(100, 0)) == (100.0, 76.0, 100.0)
+    assert prospect.seconds(10, 50) == 76.0 and prospect.seconds(0, 0) == 0.0
+
+
 def test_what_is_in_memory_needs_no_disk_to_be_known() -> None:
     row = [Portion(256, "host", 0), Portion(256, "device", 0)]
     decision = split([1000], Prospect([row], None, 0, STEPS, TOKEN_BYTES, 12), known_costs(), math.inf)

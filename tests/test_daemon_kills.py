@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 from blocks import NS, SMALL, fill, found, ids, load_all, marks, save, wrong
 from daemons import PATIENCE, Daemon, daemon, start, until
-from workers import Worker, workers
+from workers import workers
 
 import kvstore
 from kvstore.daemon.client import Client
+from kvstore.daemon.serve import let_go, listening
+from kvstore.settings import load
 
 BASE = 10_000  # seeds of chains that were durable before the first kill
-DURABLE = 40
+DURABLE = 20
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def killed_under_traffic(folder: Path, seed: int, kills: int) -> dict[str, float
                 running = started(folder)
                 with kvstore.connect(url, timeout=PATIENCE) as client:
                     shares.append(kept(client) / total)
+                    assert client.verify() == []
             until(lambda: traffic_flows(url), "no client came back")
             said = [each.ask("over") for each in crowd]
     finally:
@@ -184,6 +187,7 @@ def test_a_socket_that_a_killed_daemon_left_is_replaced(folder: Path) -> None:
         assert client.ping() < PATIENCE
     assert running.kill(signal.SIGTERM) == 0
     assert not running.socket.exists()
+    assert f"serving {running.socket}" in running.log.read_text()
     assert [path.name for path in (folder / "cache").iterdir() if path.is_socket()] == []
 
 
@@ -201,24 +205,14 @@ def test_what_was_saved_before_the_end_is_durable(folder: Path) -> None:
     running.kill()
 
 
-def test_what_a_save_has_promised_before_a_kill_is_there_behind_it(folder: Path, seed: int) -> None:
-    running, draw = started(folder), random.Random(seed)
-    chains = [ids(number, draw.randrange(16, 200)) for number in range(20)]
-    with running.connect() as client:
-        promised = [save(client, tokens).wait().tokens for tokens in chains]
-        assert promised == [len(tokens) for tokens in chains]
-        running.kill()
-    running = started(folder)
-    with running.connect() as client:
-        assert [load_all(client, [*tokens, 0]) for tokens in chains] == promised
-        assert client.verify() == []
-    running.kill()
-
-
-def test_a_worker_whose_daemon_is_killed_ends_well(folder: Path) -> None:
-    running = started(folder)
-    worker = Worker("reader", running.url, 1.0, 5)
-    assert worker.ask("ready") == "ready"
-    running.kill()
-    assert worker.ask("again") == 0
-    assert worker.end() == 0
+def test_a_daemon_that_ends_late_leaves_the_socket_of_the_next_one(folder: Path) -> None:
+    settings = load(None, {"socket": str(folder / "a.sock")})
+    first, places = listening(settings)
+    own = {place: place.stat().st_ino for place in places}
+    first[0].close()
+    second, again = listening(settings)
+    let_go(own)
+    assert [place.is_socket() for place in again] == [True]
+    let_go({place: place.stat().st_ino for place in again})
+    assert not again[0].exists()
+    second[0].close()

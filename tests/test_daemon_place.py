@@ -1,5 +1,5 @@
 """Where a daemon is put: as a user that is nobody's, with no home, a read-only root, little /dev/shm and no locked
-memory; started by a service manager that holds the socket and is told when it is ready; on a directory that is taken."""
+memory; started by a service manager that holds the socket and is told when it is ready; on a taken directory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from daemons import PATIENCE, TIMEOUT, Daemon, daemon, until
 
 import kvstore
 from kvstore.daemon.client import Client
+from kvstore.store import Store
 
 NOBODY = "31337"
 TOKENS = ids(5, 200 * 32)  # 200 blocks of 768 KiB: more than /dev/shm has there
@@ -142,3 +144,23 @@ def test_a_path_that_is_longer_than_an_address_can_be(tmp_path: Path) -> None:
         os.symlink(place, deep / "kvstore.sock")
         with kvstore.connect(deep, timeout=TIMEOUT) as store:
             assert store.match(NS, WIDE, TOKENS[:64]).tokens == 0
+
+
+def test_what_was_saved_just_before_the_client_closed_is_saved(tmp_path: Path) -> None:
+    with daemon(tmp_path) as served:
+        for n in range(8):
+            chain = ids(100 + n, 20 * 32)
+            with served.connect() as store:
+                save(store, chain, layout=WIDE)
+            with served.connect() as store:
+                until(partial(is_saved, store, chain), "it was not saved")
+                until(partial(nothing_held, store), "something is held")
+
+
+def is_saved(store: Store, chain: list[int]) -> bool:
+    return load_all(store, [*chain, 0], layout=WIDE) == len(chain)
+
+
+def nothing_held(store: Store) -> bool:
+    stats = store.stats()
+    return not (stats["leases"] or stats["drafts"])

@@ -107,7 +107,7 @@ def test_what_cannot_be_served_is_refused_and_no_request_fails(
 ) -> None:
     """``BadInput``, never a traceback; and the store is whole afterwards."""
     with hosted(tmp_path / "cache", host=8 * MIB, staging=4 * MIB) as here:
-        poured(here.path, None, Frames(seed), 8000)
+        poured(here.path, None, Frames(seed), 5000)
         assert [record.getMessage() for record in caplog.records if record.exc_info] == []
         until(lambda: not here.server.sessions)
         assert here.store.flush(PATIENCE) and recount(here.store) == [] and here.store.verify() == []

@@ -14,10 +14,11 @@ import pytest
 from blocks import SMALL, found, ids, save
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from servers import running, wait_until
+from servers import running
 from watched import NAME, PATIENCE, Watched, get, watched
 
 import kvstore
+from kvstore.bench.remote.server import wait_until
 from kvstore.daemon.failures import Failures
 from kvstore.daemon.http import Monitor
 from kvstore.daemon.metrics import CONTENT_TYPE, HELP, exposition

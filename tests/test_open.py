@@ -144,14 +144,14 @@ def test_data_of_another_version_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["host", "disk"])
 def test_sizes_that_make_no_sense(tmp_path: Path, which: str, size: object) -> None:
     with pytest.raises(BadInput, match=which):
-        kvstore.open(tmp_path / "cache", **{which: size})  # type: ignore[arg-type]
+        kvstore.open(tmp_path / "cache", **{which: size})  # type: ignore[call-overload]
     assert not (tmp_path / "cache" / "v1").exists()
 
 
 @pytest.mark.parametrize(("which", "size"), [("host", "100TiB"), ("disk", "1000000TiB"), ("disk", "9" * 400)])
 def test_sizes_beyond_the_machine(tmp_path: Path, which: str, size: str) -> None:
     with pytest.raises(BadInput, match="bytes"):
-        kvstore.open(tmp_path / "cache", **{which: size})  # type: ignore[arg-type]
+        kvstore.open(tmp_path / "cache", **{which: size})  # type: ignore[call-overload]
 
 
 def test_sizes_as_people_write_them() -> None:

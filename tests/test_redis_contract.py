@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from remotes import options, redis_of
-from servers import cluster, running, sentinel, wait_until, with_tls
+from servers import cluster, running, sentinel, with_tls
 
+from kvstore.bench.remote.server import wait_until
 from kvstore.errors import Corrupt, TierError
 from kvstore.tiers.base import Copy, Missing, Remote, Wanted
 from kvstore.tiers.naive_remote import NaiveRemote, Shelf

@@ -7,17 +7,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pytest
-from blocks import NS, SMALL, found, ids, load_all, marks, namespace, save, wrong
+from blocks import NS, SMALL, WIDE, found, ids, load_all, marks, namespace, save, wrong
+from devices import HERE, asked, bring, wrong_on_device
 from gates import PATIENCE, Task
 from queues import nobody_waits
 from remotes import MIB, TOKENS, GatedRemote, counters, options, settled, sharing, tiers
 
+from kvstore.bench.remote.server import wait_until
 from kvstore.errors import TierError
+from kvstore.hot import Hot
 from kvstore.job import Job
 from kvstore.local import LocalStore
 from kvstore.mover import Priority
+from kvstore.policies.lru import LRU
 from kvstore.remote import seeker
+from kvstore.remote.sender import SHARE
 from kvstore.tiers.base import Wanted
+from kvstore.tiers.naive import NaiveDevice
 from kvstore.tiers.naive_remote import NaiveRemote, Shelf
 
 Pair = tuple[LocalStore, LocalStore, GatedRemote]
@@ -47,6 +53,7 @@ def pair(shelf: Shelf) -> Iterator[Pair]:
     with sharing(NaiveRemote(shelf), how) as one, sharing(gates, how) as other:
         save(one, TOKENS)
         assert one.flush(PATIENCE)
+        wait_until(lambda: gates.calls["find"] == 2)  # it has said hello
         yield one, other, gates
 
 
@@ -78,7 +85,7 @@ def test_who_asks_while_another_asks_gets_the_same_answer(pair: Pair) -> None:
     gate.reached()
     gate.open()
     assert [task.result() for task in tasks] == [{"remote": 64}] * 5
-    assert gates.calls["find"] == 2  # with the one that says hello
+    assert gates.calls["find"] == 3 and counters(other)["remote_lookups"] == 1
 
 
 def test_small_parts_of_many_blocks_come_in_one_exchange(pair: Pair) -> None:
@@ -152,17 +159,17 @@ def test_a_failing_erasure_is_said_and_tried_again(pair: Pair, shelf: Shelf) -> 
 def test_the_queue_is_bounded_and_drops_are_counted(shelf: Shelf) -> None:
     gates = GatedRemote(NaiveRemote(shelf))
     with sharing(gates, options(), host=2 * MIB) as store:
-        gate = gates.gate("refresh")
+        gate = gates.gate("refresh", 1000)
         save(store, ids(0, 16))
         gate.reached()
-        for seed in range(1, 80):
+        for seed in range(1, 500):
             save(store, ids(seed, 16))
-        assert store.stats()["gauges"]["remote_queued_write_bytes"] <= 2 * MIB // 8
+        assert store.stats()["gauges"]["remote_queued_write_bytes"] <= 2 * MIB * SHARE
         assert not store.flush(0.01)
         gate.open()
         assert store.flush(PATIENCE)
         said = counters(store)
-        assert said["remote_written_blocks"] + said.get("remote_dropped_writes", 0) == 80
+        assert said["remote_written_blocks"] + said["remote_dropped_writes"] == 500
 
 
 def test_waiting_jobs_have_it_brought(pair: Pair) -> None:
@@ -219,6 +226,19 @@ def test_what_loading_it_would_take_is_known_once_it_was_measured(pair: Pair) ->
     assert prospect.remote is None and prospect.unmeasured() == "the remote tier"
     assert sum(portion.bytes for portion in prospect.rows[0]) == 4 * SMALL.full_slot_bytes
     match.release()
+
+
+def test_it_goes_to_the_device_by_way_of_memory(shelf: Shelf) -> None:
+    how, hot, tokens = options(), Hot(NaiveDevice(4 * MIB), LRU()), ids(1, 64)
+    with sharing(NaiveRemote(shelf), how) as one, sharing(NaiveRemote(shelf), how, hot=hot) as other:
+        save(one, tokens, layout=WIDE)
+        assert one.flush(PATIENCE)
+        load = asked(other, tokens)
+        assert load.tokens_by_tier(64) == {"device": 0, "host": 0, "disk": 0, "remote": 64}
+        assert bring(load, HERE) and wrong_on_device(load, tokens) == []
+        load.release()
+        settled(other)
+        assert tiers(other, tokens, layout=WIDE) == {"device": 64}
 
 
 def test_a_secret_tenant_learns_nothing_from_the_keys(pair: Pair, shelf: Shelf) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from blocks import SMALL, WIDE, found, ids, load_all, save, wrong
 from gates import PATIENCE
-from proxies import MODES, Proxy, between
 from remotes import MIB, TOKENS, counters, options, redis_of, settled, sharing, tiers
-from servers import Server, running, wait_until
+from servers import running
 
 import kvstore
+from kvstore.bench.remote.proxy import MODES, Proxy, between
+from kvstore.bench.remote.server import Server, wait_until
 from kvstore.local import LocalStore
 from kvstore.remote import breaker
 from kvstore.remote.options import RemoteOptions
@@ -145,7 +146,9 @@ def test_saves_do_not_wait_and_drops_are_counted(server: Server, mode: str) -> N
 def test_what_cannot_be_erased_now_is_erased_when_it_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "FIRST", 0.05)
     with far(server, timeout=0.3) as (one, other, proxy):
-        assert load_all(other, [*TOKENS, 0]) == 64 and other.flush(PATIENCE)
+        assert load_all(other, [*TOKENS, 0]) == 64
+        settled(other)
+        assert other.flush(PATIENCE)
         proxy.mode = "reset"
         receipt = other.forget(tenant="")
         assert (receipt.blocks, receipt.deferred, receipt.remote_blocks) == (4, 1, 0)

@@ -11,9 +11,10 @@ import pytest
 from blocks import NS, SMALL, WIDE, drafts, fill, found, ids, load_all, marks, namespace, recount, save, wrong
 from gates import PATIENCE
 from remotes import MIB, TOKENS, Fleet, counters, settled, sharing, tiers
-from servers import Server, running, wait_until
+from servers import running
 
 from kvstore import Layout, Namespace
+from kvstore.bench.remote.server import Server, wait_until
 from kvstore.local import LocalStore
 from kvstore.tiers.base import Copy
 
@@ -51,6 +52,7 @@ def test_hosts_continue_each_others_conversations(fleet: Fleet, tmp_path: Path) 
     shared(one, TOKENS)
     assert tiers(one, TOKENS) == {"host": 64} and tiers(other, TOKENS) == {"remote": 64}
     assert load_all(other, [*TOKENS, 0]) == 64
+    settled(other)
     assert tiers(other, TOKENS) == {"host": 64}
     longer = TOKENS + ids(2, 40)
     shared(other, longer)
@@ -198,6 +200,7 @@ def test_what_is_forgotten_is_erased_there_too(fleet: Fleet, how: str) -> None:
     shared(one, ids(6, 32), namespace("else"), owner="you")
     longer = TOKENS + ids(2, 16)
     assert load_all(other, [*TOKENS, 0]) == 64
+    settled(other)
     shared(other, longer, owner="me")  # a block that the first host does not know
     receipt = one.forget(**ask(one)[how]())
     assert (receipt.blocks, receipt.deferred, receipt.remote_blocks) == (4, 0, 5)

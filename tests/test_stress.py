@@ -188,7 +188,7 @@ def negative(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
     elif planted == "a lease is never given back":
         monkeypatch.setattr(Residency, "lease_ended", lambda self, numbers: None)
     elif planted == "checksums are not compared":
-        monkeypatch.setattr("kvstore.loader.bad_pieces", lambda *arguments: iter(()))
+        monkeypatch.setattr("kvstore.intake.bad_pieces", lambda *arguments: iter(()))
 
 
 def _any_address(residency: Residency, number: int) -> int:

@@ -21,6 +21,7 @@ from house import (
     FLOOR,
     FUNCTION_LINES,
     GROUND,
+    HOSTILE,
     ONLY_PORTS,
     PORTS,
     PUBLIC,
@@ -124,7 +125,7 @@ def length_faults(source: Source) -> Iterator[str]:
 def banned_faults(source: Source) -> Iterator[str]:
     """Ways to run code from bytes, and builtin hash() in the core."""
     for name in imported(source):
-        if name.split(".")[0] in BANNED_MODULES:
+        if name.split(".")[0] in BANNED_MODULES and source.unit not in HOSTILE:
             yield f"{source.unit} imports {name}"
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call):

@@ -27,10 +27,9 @@ from kvstore.vault import Vault
 MIB = 1 << 20
 
 
-def sealed(root: Path, files: OsFiles | None = None, keys: str = "keys", **sizes: str) -> LocalStore:
+def sealed(root: Path, files: OsFiles | None = None, keys: str = "keys") -> LocalStore:
     """A store on ``root/cache`` whose keys are in ``root/keys``."""
-    sizes = {"host": "4MiB", "disk": "32MiB"} | sizes
-    return kvstore.open(root / "cache", encryption=root / keys, files=files, **sizes)
+    return kvstore.open(root / "cache", host="4MiB", disk="32MiB", encryption=root / keys, files=files)
 
 
 @contextmanager

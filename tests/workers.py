@@ -106,7 +106,7 @@ class Traffic:
         return {"calls": self.calls, "tokens": self.tokens, "late": self.latest, "wrong": self.wrong}
 
     def _run(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(0.003):
             try:
                 self._once()
             except BaseException as error:
@@ -173,7 +173,7 @@ class Reader:
         self._client, self._tokens = client, ids(number, 16 * 32)
         self._load: Load | None = None
         if trusting:
-            Connection.alive = property(lambda self: True)  # type: ignore[assignment,method-assign]
+            Connection.alive = property(lambda self: True)  # type: ignore[assignment,method-assign]  # a planted fault
 
     def __call__(self, line: str) -> object:
         if line == "load":
@@ -207,18 +207,18 @@ class Plain:
         self.layout, self.pieces, self._tokens = load.layout, load.pieces, load.tokens
 
     def wait(self, layer: int) -> bool:
-        """Yes."""
         return True
 
     def good_tokens(self, layer: int) -> int:
-        """All."""
         return self._tokens
 
 
 class Copier:
     """Copies a long chain over and over, in one go each time, and looks at what it got."""
 
-    def __init__(self, client: Client, _: float, seed: int) -> None:
+    def __init__(self, client: Client, _: float, seed: int, trusting: bool = False) -> None:
+        if trusting:
+            trust()
         self._client, self._tokens = client, ids(seed, WIDE.block_tokens * 24)
         self.copied, self.missed, self.wrong = 0, 0, 0
         expected = bytearray()
@@ -245,13 +245,14 @@ class Copier:
         buffer = memoryview(bytearray(len(self._expected)))
         while not self._over.is_set():
             load = self._client.load(found(self._client, self._tokens, layout=WIDE))
-            size = load.read_into(buffer)
-            if size == 0:
-                self.missed += 1
-                save(self._client, self._tokens, layout=WIDE)
-            else:
-                self.copied += 1
+            for _ in range(50):
+                size = load.read_into(buffer)
+                self.copied += size > 0
                 self.wrong += buffer[:size] != self._expected[:size]
+                if not size:
+                    self.missed += 1
+                    save(self._client, self._tokens, layout=WIDE)
+                    break
             load.release()
 
 

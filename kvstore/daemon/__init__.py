@@ -32,8 +32,9 @@ def connect(
     the daemon's tenants this is; without one it is who the system says. Raises ``Unreachable`` when no daemon is there
     now; one that goes away later is found again when it is back, and until then everything misses.
 
-    ``"tls://host:port"`` is a daemon on another machine, which takes nobody without a token. ``ca``: a file (PEM) of who
-    certifies it; without one, those whom the system trusts. ``buffer``: memory here for blocks that are loaded or saved.
+    ``"tls://host:port"`` is a daemon on another machine, which takes nobody without a token. ``ca``: a file (PEM) of
+    who certifies it; without one, those whom the system trusts. ``buffer``: memory here for blocks that are loaded or
+    saved.
     """
     from kvstore.daemon.client import Client
 
@@ -52,7 +53,8 @@ def connect(
 
 
 def _far(url: str, timeout: float, token: str | None, ca: str | os.PathLike[str] | None, buffer: str | int) -> Client:
-    from kvstore.daemon.far import FarClient
+    from kvstore.daemon.far import FarClient, Whereabouts
+    from kvstore.daemon.secured import client_context
 
     try:
         parts = urlsplit(url)
@@ -62,10 +64,8 @@ def _far(url: str, timeout: float, token: str | None, ca: str | os.PathLike[str]
     if not host or not port or parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
         raise BadInput(f'{url!r} names no daemon; write "tls://host:port"')
     if token is None:
-        raise BadInput(
-            "a daemon on another machine takes nobody without a token; give the text of the tenant's token file"
-        )
-    return FarClient(host, port, token, None if ca is None else os.fspath(ca), size_bytes(buffer, "buffer"), timeout)
+        raise BadInput("a daemon elsewhere takes nobody without a token; give the text of the tenant's token file")
+    return FarClient(Whereabouts(host, port, token, client_context(ca), size_bytes(buffer, "buffer"), timeout))
 
 
 async def aconnect(

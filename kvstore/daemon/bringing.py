@@ -26,7 +26,7 @@ from kvstore.tiers.host import HostTier
 log = logging.getLogger("kvstore")
 
 PART = 512 << 10  # bytes that one request asks for
-AHEAD = 3 << 20  # that are asked for and have not come: a daemon drops who leaves more than 4 MiB unread
+AHEAD = (4 << 20) - PART  # that are asked for before more is: a daemon drops who leaves more than 4 MiB unread
 LEAST_RUN = 64 << 10  # of a block that are asked for together, if there are others
 
 
@@ -245,8 +245,12 @@ class Bringer:
             for place, _, _, _ in asked.parts:
                 load.blocks[place].fail()
             return
-        data, sums = value
-        if len(data) != asked.bytes or len(sums) != len(asked.parts):
+        try:
+            data, sums = value
+            fits = len(data) == asked.bytes and len(sums) == len(asked.parts)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
             raise BadFrame("this is not what was asked for")
         begin, view = 0, memoryview(data)
         for (place, run, offset, size), known in zip(asked.parts, sums, strict=True):

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,16 @@ from kvstore.daemon.wire import (
     pack,
     unpack,
 )
-from kvstore.errors import BadInput, KVStoreError, StoreClosed, TierError, Unreachable, Unsupported
+from kvstore.errors import BadInput, KVStoreError, Unreachable, Unsupported
 
 TELLING = 1.0  # seconds that a message without an answer may take to be sent
 Arrived = Callable[[list[list[Any]], list[int]], None]
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Closes descriptors."""
+    for fd in fds:
+        os.close(fd)
 
 
 class Frames:
@@ -56,9 +62,11 @@ class Frames:
                 self._head = head_of(self._buffer, MAX_ANSWER)
                 self._buffer, self._filled = bytearray(self._head.length), 0
                 continue
-            head, body, fds = self._head, self._buffer, self._fds
-            self._head, self._buffer, self._filled, self._fds = None, bytearray(HEADER.size), 0, []
-            return head.kind, head.number, unpack(head, body), fds
+            head, body = self._head, self._buffer
+            self._head, self._buffer, self._filled = None, bytearray(HEADER.size), 0
+            value = unpack(head, body)
+            fds, self._fds = self._fds, []
+            return head.kind, head.number, value, fds
 
     def _fill(self, deadline: float) -> None:
         view = memoryview(self._buffer)
@@ -80,8 +88,7 @@ class Frames:
 
     def close(self) -> None:
         """Closes descriptors that nobody has taken."""
-        for fd in self._fds:
-            os.close(fd)
+        close_all(self._fds)
         self._fds = []
 
 
@@ -108,6 +115,7 @@ class Channel:
             except (OSError, BadFrame) as error:
                 raise Unreachable(f"the daemon does not answer: {error}") from error
         if kind != Kind.ANSWER or len(fds) != wanted:
+            close_all(fds)
             raise Unreachable("the daemon does not take this process for one of its clients; its log says why")
         return value, fds
 
@@ -183,17 +191,14 @@ class Channel:
         with self._lock:
             self._socket.close()
             self._frames.close()
-            for fd in self._fds:
-                os.close(fd)
+            close_all(self._fds)
             self._fds = []
 
 
-_ERRORS = {kind.__name__: kind for kind in (BadInput, Unsupported, StoreClosed, TierError, KVStoreError)}
-
-
 def error_from(kind: str, text: str) -> KVStoreError:
-    """The error that the daemon raised."""
-    return _ERRORS.get(kind, KVStoreError)(text)
+    """What the daemon raised, if the caller can mend it; a daemon that fails is one that cannot be reached."""
+    raised = {"BadInput": BadInput, "Unsupported": Unsupported}.get(kind)
+    return Unreachable(f"the daemon could not do it: {text}") if raised is None else raised(text)
 
 
 def connected(path: Path, deadline: float) -> socket.socket:

@@ -23,7 +23,7 @@ from kvstore.daemon.packed import composition_of, pack_namespace, packed_layout,
 from kvstore.erasure import Receipt
 from kvstore.errors import BadInput, Unreachable
 from kvstore.job import Answer, Job
-from kvstore.keeper import Demoted, Pinned, Retained, TierName
+from kvstore.keeper import Demoted, Pinned, Retained, TierName, check_seconds
 from kvstore.keys import Namespace, check_names, token_bytes
 from kvstore.layout import Layout
 from kvstore.load import Load
@@ -119,6 +119,7 @@ class Client(Store):
         return self._caller.instead([], asked)
 
     def schedule(self, waiting: Sequence[Job]) -> list[Answer]:
+        self._caller.check()
         for place, job in enumerate(waiting):
             if not isinstance(job, Job):
                 raise BadInput(f"number {place} in the queue is a {type(job).__name__}; give a list of kvstore.Job")
@@ -203,6 +204,7 @@ class Client(Store):
 
     def pin(self, match: Match, tier: TierName = "host", *, seconds: float) -> Pinned:
         match.held()
+        check_seconds(seconds)
         try:
             held = self._held(match)
             if held is None:
@@ -217,6 +219,7 @@ class Client(Store):
 
     def retain(self, match: Match, seconds: float) -> Retained:
         match.held()
+        check_seconds(seconds)
         try:
             held = self._held(match)
             if held is None:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.daemon.bell import Bell
-from kvstore.daemon.channel import Channel, Frames, connected, error_from
+from kvstore.daemon.channel import Channel, Frames, close_all, connected, error_from
 from kvstore.daemon.held import Coming, Ended, Held, Staging, Ticket, progress
 from kvstore.daemon.mapped import Mapped, mapped
 from kvstore.daemon.pipe import Pipe
 from kvstore.daemon.wire import VERSION, BadFrame, Kind, pack
-from kvstore.errors import TierError, Unreachable
+from kvstore.errors import KVStoreError, TierError, Unreachable
 from kvstore.hot import Hold
 
 log = logging.getLogger("kvstore")
@@ -45,14 +45,19 @@ class Connection:
 
     def _begin(self, pipe: Pipe, deadline: float, token: str | None, wanted: int) -> None:
         """Says hello, to which so many descriptors are an answer."""
+        self.channel, fds = Channel(pipe, self._arrived, self._late), list[int]()
         try:
-            self.channel = Channel(pipe, self._arrived, self._late)
-            (version, self.epoch, self.number, self.tenant, limits), fds = self.channel.hello(token, deadline, wanted)
+            said, fds = self.channel.hello(token, deadline, wanted)
+            version, self.epoch, self.number, self.tenant, limits = said
             if version != VERSION:
                 raise Unreachable(f"the daemon speaks version {version}, and this process version {VERSION}")
             self._events = self._second(limits, fds, deadline)
-        except BaseException:
-            pipe.close()
+        except BaseException as error:
+            self.channel.close()
+            close_all(fds)
+            senseless = isinstance(error, OSError | ValueError | TypeError | LookupError)
+            if senseless and not isinstance(error, KVStoreError):
+                raise Unreachable(f"what the daemon says cannot be understood: {error}") from error
             raise
         self.channel.limit = limits["frame"]
         self.saved = 0.0  # seconds that the daemon is not told of yet; guarded by _lock
@@ -73,10 +78,11 @@ class Connection:
         self._thread.start()
 
     def _second(self, limits: Mapping[str, Any], fds: Sequence[int], deadline: float) -> Pipe:
-        """The second socket."""
+        """The second socket; takes over the descriptors, unless it raises."""
         self._page = mmap.mmap(fds[1], mmap.PAGESIZE, prot=mmap.PROT_READ)
+        events = socket.socket(fileno=fds[0])
         os.close(fds[1])
-        return socket.socket(fileno=fds[0])
+        return events
 
     @property
     def alive(self) -> bool:
@@ -264,10 +270,11 @@ class Connection:
             try:
                 arena = mapped(fd, size, writable=staging)
             except TierError as error:
-                log.warning("%s", error)
+                log.warning("%s", str(error))
                 continue
             with self._lock:
                 self._arenas[staging, number] = arena
+        close_all(fds[len(arenas) :])
 
     def _late(self, verb: str, value: Any) -> None:
         """An answer that nobody waits for any more: what it holds is let go."""

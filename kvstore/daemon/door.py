@@ -15,13 +15,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from kvstore.daemon.ears import Ears
 from kvstore.daemon.link import Link
 from kvstore.daemon.packed import checked
+from kvstore.daemon.peer import Peer
 from kvstore.daemon.pieces import part
 from kvstore.daemon.secured import Secured
-from kvstore.daemon.server import MAX_HELLO, Server, error_of
-from kvstore.daemon.session import Peer, Session
-from kvstore.daemon.wire import Kind
+from kvstore.daemon.server import MAX_HELLO, Server
+from kvstore.daemon.session import Session
+from kvstore.daemon.wire import Kind, error_of
 from kvstore.errors import BadInput
 
 log = logging.getLogger("kvstore")
@@ -65,38 +67,30 @@ class Door:
     ) -> None:
         """``tenant_of``: see ``Server``; it is asked only about who gives a token."""
         self._server, self._context, self._tenant_of = server, context, tenant_of
-        self._listeners: list[socket.socket] = []
+        self._ears = Ears(self._taken)
         self._strangers: dict[SecuredLink, Peer] = {}  # oldest first
         self._joining: dict[bytes, Session] = {}  # by the secret that its second connection will tell
 
     def listen(self, sock: socket.socket) -> None:
         """Takes connections of a listening TCP socket, which is the door's from now on."""
-        sock.setblocking(False)
-        self._listeners.append(sock)
-        self._server.loop.add_reader(sock.fileno(), self._accept, sock)
+        self._ears.listen(sock)
 
     def close(self) -> None:
         """Takes no more; sessions go on."""
-        for listener in self._listeners:
-            self._server.loop.remove_reader(listener.fileno())
-            listener.close()
+        self._ears.close()
         for link in list(self._strangers):
             link.close()
 
-    def _accept(self, listener: socket.socket) -> None:
-        sock: socket.socket | None = None
+    def _taken(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         try:
-            sock, (host, port, *_) = listener.accept()
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             secured = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:  # who connects may be gone again
-            if sock is not None:
-                sock.close()
-            if not isinstance(error, BlockingIOError | InterruptedError):
-                log.info("a connection from outside could not be taken: %s", error)
+            sock.close()
+            log.info("a connection from outside could not be taken: %s", error)
             return
-        peer = Peer(_NOBODY, _NOBODY, f"{host} port {port}")
+        peer = Peer(_NOBODY, _NOBODY, f"{address[0]} port {address[1]}")
         if len(self._strangers) >= STRANGERS:
             next(iter(self._strangers)).close("others came")
         link: SecuredLink

@@ -1,7 +1,7 @@
 """A daemon on another machine, as its clients have it: the same verbs, but bytes come and go through TLS.
 
-A client has memory of its own, ``buffer`` bytes, for blocks that it loads and saves. What has come there stays, whatever
-happens to the daemon.
+A client has memory of its own, ``buffer`` bytes, for blocks that it loads and saves. What has come there stays,
+whatever happens to the daemon.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvstore.daemon.held import Held
 from kvstore.daemon.lent import Given, Lending, LentDraft, LentMatch, taken
 from kvstore.daemon.mapped import Mapped
 from kvstore.daemon.pipe import Pipe
-from kvstore.daemon.secured import client_context, dialled
+from kvstore.daemon.secured import dialled
 from kvstore.daemon.wire import BadFrame, Kind, pack
 from kvstore.errors import Unreachable
 from kvstore.hot import Hold
@@ -235,8 +235,11 @@ class FarLending(Lending):
 class FarClient(Client):
     """Made by ``kvstore.connect("tls://host:port")``."""
 
-    def __init__(self, host: str, port: int, token: str, ca: str | None, buffer: int, timeout: float) -> None:
-        """Raises ``Unreachable`` when no daemon is there, ``BadInput`` for a ``ca`` that is none."""
-        place = Whereabouts(host, port, token, client_context(ca), buffer, timeout)
-        caller = Caller(f"tls://{host}:{port}", timeout, lambda deadline: FarConnection(place, deadline))
-        self._begin(caller, timeout, FarLending())
+    def __init__(self, place: Whereabouts) -> None:
+        """Raises ``Unreachable`` when no daemon is there."""
+        self._begin(caller_of(place), place.timeout, FarLending())
+
+
+def caller_of(place: Whereabouts) -> Caller:
+    """The way to a daemon elsewhere. Raises ``Unreachable``."""
+    return Caller(f"tls://{place.host}:{place.port}", place.timeout, lambda deadline: FarConnection(place, deadline))

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvstore.daemon.packed import checked, layout_of, namespace_of, pack_composition, pack_match, pack_prospect
 from kvstore.daemon.session import GONE, Session, packed_bits
-from kvstore.errors import BadInput
+from kvstore.errors import BadInput, TierError
 from kvstore.fetch import Fetch
 from kvstore.residency import Resident
 from kvstore.save import Draft
@@ -55,7 +55,11 @@ def load(session: Session, number: int) -> Reply:
         addresses.append(resident.address)
         place = session.tenant.host.offset(resident.address)
         sources.append([source.number, source.tokens, resident.address, place, resident.stride, state])
-    arenas, fds = session.show(addresses)
+    try:
+        arenas, fds = session.show(addresses)
+    except TierError:
+        session.release(name, 0)
+        raise
     return Reply([name, sources], arenas, fds)
 
 
@@ -80,7 +84,11 @@ def drafts(session: Session, layout: bytes, count: int) -> Reply:
         for each in session.tenant.sessions:
             each.area.trim()
         found += session.area.reserve(shape, wanted - len(found))
-    arenas, fds = session.show([address for _, address in found], staging=True)
+    try:
+        arenas, fds = session.show([address for _, address in found], staging=True)
+    except TierError:
+        session.area.discard([number for number, _ in found])
+        raise
     places = [[number, address, session.area.offset(address)] for number, address in found]
     return Reply(places, arenas, fds)
 
@@ -122,6 +130,8 @@ def save(
         saved = store.save(namespace, shape, tokens, copies, root=root, owner=owner, ttl=ttl, writer=writer)
     finally:
         session.area.discard([number for number, _ in drafts.values()])
+        for made in copies.values():
+            made.discard()  # if it was not taken over
     return [session.remember(saved), saved.tokens, saved.new_tokens]
 
 

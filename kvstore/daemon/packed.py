@@ -11,6 +11,7 @@ import msgpack
 
 from kvstore.block import pack_layout, unpack_layout
 from kvstore.composition import Chain, Composition, Context, Part, Placement, Text
+from kvstore.daemon.wire import few
 from kvstore.errors import BadInput, Corrupt
 from kvstore.keys import Fingerprint, Namespace
 from kvstore.layout import Layout
@@ -22,6 +23,7 @@ T = TypeVar("T")
 TIERS = ("device", "host", "disk", "remote")
 MANY, SHORT = 4096, 4096  # namespaces that are known without being read again, and bytes of the longest such
 FEW = 64  # and layouts, which may have thousands of layers
+MOST = 32768  # values that a namespace or a layout is made of
 
 
 def pack_namespace(space: Namespace) -> bytes:
@@ -48,6 +50,8 @@ def _namespace(packed: bytes) -> Namespace:
 def layout_of(packed: bytes) -> Layout:
     """The layout that ``block.pack_layout`` packed."""
     try:
+        if not few(packed, MOST):
+            raise Corrupt(f"a layout has more than {MOST} values, or ends too soon")
         return unpack_layout(packed)
     except Corrupt as error:
         raise BadInput(str(error)) from error
@@ -85,15 +89,18 @@ def pack_prospect(prospect: Prospect) -> list[object]:
     rows = [[[p.tokens, TIERS.index(p.tier), p.bytes] for p in row] for row in prospect.rows]
     line = None if prospect.disk is None else list(prospect.disk)
     steps = [list(step) for step in prospect.steps]
-    return [rows, line, prospect.queued, steps, prospect.token_bytes, prospect.layers]
+    remote = None if prospect.remote is None else list(prospect.remote)
+    own = [rows, line, prospect.queued, steps, prospect.token_bytes, prospect.layers]
+    return [*own, remote, prospect.remote_queued]
 
 
 def prospect_of(packed: Any) -> Prospect:
     """The prospect that ``pack_prospect`` packed."""
-    rows, line, queued, steps, token_bytes, layers = packed
+    rows, line, queued, steps, token_bytes, layers, remote, remote_queued = packed
     portions = [[Portion(tokens, TIERS[tier], size) for tokens, tier, size in row] for row in rows]
-    disk = None if line is None else Line(*line)
-    return Prospect(portions, disk, queued, [(first, last) for first, last in steps], token_bytes, layers)
+    disk, others = (None if each is None else Line(*each) for each in (line, remote))
+    spans = [(first, last) for first, last in steps]
+    return Prospect(portions, disk, queued, spans, token_bytes, layers, others, remote_queued)
 
 
 def pack_composition(composition: Composition) -> list[object]:
@@ -122,8 +129,10 @@ def composition_of(packed: Any) -> Composition:
 
 def _read(packed: bytes, make: Callable[[Any], T]) -> T:
     try:
+        if not few(packed, MOST):
+            raise ValueError(f"it has more than {MOST} values, or ends too soon")
         return make(msgpack.unpackb(packed))
-    except (ValueError, TypeError, IndexError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, LookupError, msgpack.exceptions.UnpackException) as error:
         raise BadInput(f"what was sent cannot be read: {error}") from error
 
 

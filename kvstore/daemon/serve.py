@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,14 @@ from kvstore.checksum import KERNELS
 from kvstore.config import serving
 from kvstore.daemon import SOCKET
 from kvstore.daemon.arenas import Allowance, Arenas
+from kvstore.daemon.door import Door
 from kvstore.daemon.failures import Failures
 from kvstore.daemon.http import Monitor
+from kvstore.daemon.peer import Peer
+from kvstore.daemon.secured import listening as tcp_listener
+from kvstore.daemon.secured import server_context
 from kvstore.daemon.server import Server
-from kvstore.daemon.session import Peer, Tenant
+from kvstore.daemon.session import Tenant
 from kvstore.daemon.watched import SessionInfo
 from kvstore.errors import BadInput, StoreBusy
 from kvstore.remote.options import RemoteOptions
@@ -113,6 +118,16 @@ def listening(settings: Settings) -> tuple[list[socket.socket], list[Path]]:
     return socks, list(dict.fromkeys(places))
 
 
+def outside(settings: Settings) -> tuple[ssl.SSLContext, socket.socket] | None:
+    """What this daemon is for other machines, and where it listens for them, if it does. Raises ``BadInput``."""
+    tcp = settings.tcp
+    if tcp.listen is None:
+        return None
+    assert tcp.certificate and tcp.private_key  # or the settings would not be valid
+    context = server_context(tcp.certificate, tcp.private_key)
+    return context, tcp_listener(tcp.listen.host, tcp.listen.port, BACKLOG)
+
+
 def _passed() -> list[socket.socket]:
     """Sockets that whoever started this process listens on for it."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -151,6 +166,14 @@ def _listener(place: Path, mode: int, group: str | int | None) -> socket.socket:
     return sock
 
 
+def let_go(own: Mapping[Path, int]) -> None:
+    """Removes sockets, by place and inode; a daemon that was started meanwhile may have put another one there."""
+    for place, inode in own.items():
+        with contextlib.suppress(OSError):
+            if place.stat().st_ino == inode:
+                place.unlink()
+
+
 def notify(state: str) -> None:
     """Tells systemd, where it is there to be told."""
     place = os.environ.get("NOTIFY_SOCKET", "")
@@ -161,18 +184,22 @@ def notify(state: str) -> None:
 
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises ``BadInput``, ``StoreBusy``."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)  # or each of many threads would keep what it had once
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     tenants = tenants_of(settings)
-    paths: list[Path] = []
+    own, socks, far = dict[Path, int](), list[socket.socket](), None
     try:
+        far = outside(settings)
         socks, paths = listening(settings)
-        asyncio.run(_serve(settings, tenants, socks))
+        own = {place: place.stat().st_ino for place in paths}
+        asyncio.run(_serve(settings, tenants, socks, own, far))
     finally:
-        for place in paths:
-            place.unlink(missing_ok=True)
+        for sock in socks if far is None else [*socks, far[1]]:
+            sock.close()
+        let_go(own)
         for tenant in tenants.values():
             tenant.store.close(settings.drain)
             tenant.arenas.close()
@@ -214,13 +241,24 @@ class Watch:
 def settle() -> None:
     """Has checksums compiled, and gives the compiler's own code back to the system: it is not needed again."""
     KERNELS.wait()
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError as error:
+        log.warning("the compiler's code stays in memory: %s", error)
+        return
+    for line in lines:
         if "llvmlite" in line and " r-xp " in line:  # code alone: other parts have been written to
             start, end = (int(place, 16) for place in line.split()[0].split("-"))
             madvise(start, end - start, MADV_DONTNEED)
 
 
-async def _serve(settings: Settings, tenants: dict[str, Tenant], socks: list[socket.socket]) -> None:
+async def _serve(
+    settings: Settings,
+    tenants: dict[str, Tenant],
+    socks: list[socket.socket],
+    own: Mapping[Path, int],
+    far: tuple[ssl.SSLContext, socket.socket] | None,
+) -> None:
     bound = partial(tenant_of, settings, tokens_of(settings))
     about = {"version": __version__} | {row.name: row.value for row in explain(settings)}
     server = Server(tenants, bound, settings.lease_ttl, settings.max_sessions, settings.max_frame, about)
@@ -231,14 +269,22 @@ async def _serve(settings: Settings, tenants: dict[str, Tenant], socks: list[soc
         monitor.start()
     for sock in socks:
         server.listen(sock)
+    door = None
+    if far is not None:
+        context, sock = far
+        door = Door(server, context, bound)
+        door.listen(sock)
+        socks = [*socks, sock]
     threading.Thread(target=settle, name="kvstore-settle", daemon=True).start()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    log.info("serving %s", ", ".join(str(sock.getsockname()) for sock in socks))
+    log.info("serving %s", ", ".join([*map(str, own), *(str(sock.getsockname()) for sock in socks[len(own) :])]))
     notify("READY=1")
     await stop.wait()
     notify("STOPPING=1")
+    if door is not None:
+        door.close()
     await server.stop(settings.drain)
     monitor.close()
     failures.close()

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,14 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from kvstore.daemon.ears import Ears
 from kvstore.daemon.link import Link
 from kvstore.daemon.moving import Reply, intake
 from kvstore.daemon.packed import checked
-from kvstore.daemon.session import Peer, Session, Tenant, events_of
+from kvstore.daemon.peer import Peer, peer_of
+from kvstore.daemon.session import Session, Tenant, events_of
 from kvstore.daemon.verbs import VERBS, Verb
-from kvstore.daemon.wire import VERSION, BadFrame, Kind
+from kvstore.daemon.wire import VERSION, BadFrame, Kind, error_of
 from kvstore.errors import BadInput, KVStoreError
 
 log = logging.getLogger("kvstore")
@@ -34,7 +35,6 @@ WORKERS, LONG_WORKERS = 4, 64
 MAX_HELLO = 16 << 10  # bytes of a first message
 MAX_WAITS = 256  # long requests of one client that are under way
 NOTHING: Mapping[str, str] = MappingProxyType({})
-_PEER = struct.Struct("3i")
 
 
 class Server:
@@ -60,7 +60,7 @@ class Server:
         self._workers = ThreadPoolExecutor(WORKERS, "kvstore-work")
         self._intake = ThreadPoolExecutor(WORKERS, "kvstore-intake")
         self._long = ThreadPoolExecutor(LONG_WORKERS, "kvstore-long")
-        self._listeners: list[socket.socket] = []
+        self._ears = Ears(self._taken)
         self._links: set[Link] = set()  # that have not said hello
         self._next, self.refused = 1, 0
         self._tasks = set[asyncio.Task[None]]()
@@ -72,22 +72,14 @@ class Server:
 
     def listen(self, sock: socket.socket) -> None:
         """Takes connections of a listening Unix socket, which is the server's from now on."""
-        sock.setblocking(False)
-        self._listeners.append(sock)
-        self.loop.add_reader(sock.fileno(), self._accept, sock)
+        self._ears.listen(sock)
 
     @property
     def full(self) -> bool:
         """Whether nobody else is taken in."""
         return len(self.sessions) + len(self._links) >= self._most
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError | InterruptedError):
-                log.warning("a connection could not be taken: %s", error)
-            return
+    def _taken(self, sock: socket.socket, _: object) -> None:
         peer = peer_of(sock)
         if self.full:
             log.warning("%s is refused: there are %d clients", peer, self._most)
@@ -118,9 +110,22 @@ class Server:
             link.send(Kind.ERROR, number, error_of(error))
             link.close()
             return
-        session = self.seat(name, peer, link, self._limit)
-        theirs = events_of(session, self._limit, partial(self.told, session), partial(self.end, session))
-        link.send(Kind.ANSWER, number, self.welcome(session, self._limit), [theirs, session.page_fd()])
+        try:
+            session = self.seat(name, peer, link, self._limit)
+        except OSError as error:  # no more descriptors, or no memory
+            log.warning("%s cannot be served: %s", peer, error)
+            link.close()
+            return
+        fds = list[int]()
+        try:
+            fds.append(events_of(session, self._limit, partial(self.told, session), partial(self.leaving, session)))
+            fds.append(session.page_fd())
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            self.end(session, f"it cannot be served: {error}")
+            return
+        link.send(Kind.ANSWER, number, self.welcome(session, self._limit), fds)
 
     def seat(self, tenant: str, peer: Peer, link: Link, limit: int) -> Session:
         """A session for who has said hello through ``link``, and may send bodies of so many bytes."""
@@ -149,6 +154,14 @@ class Server:
         session.store.stats()  # takes in what has ended
         if jobs:
             session.store.schedule([job for each in session.tenant.sessions for job in each.waiting()])
+
+    def leaving(self, session: Session, why: str = "") -> None:
+        """A client has closed its second socket. What it sent on the first before is still done: a save above all."""
+        if why:
+            self.end(session, why)
+        elif not session.ended:
+            session.let_go()
+            session.store.stats()  # takes in what has ended
 
     def _reap(self) -> None:
         """Sessions that were silent too long end: their process is stopped, or stuck."""
@@ -210,9 +223,9 @@ class Server:
         if verb.pace == "long" and session.waits >= MAX_WAITS:
             self._fail(session, number, BadInput(f"this client waits for {MAX_WAITS} answers already"))
             return
-        if verb.pace == "long":
-            session.waits += 1
-        else:
+        session.waits += verb.pace == "long"
+        session.saving += verb.pace == "save"
+        if verb.pace != "long":
             session.link.hold()
         if verb.pace != "slow":
             self._answer(session, number, Reply(number))
@@ -233,9 +246,10 @@ class Server:
         except BadFrame as error:
             session.tell("failed", number, error_of(error))
         finally:
-            if verb.pace == "long":
-                session.waits -= 1
-            else:
+            session.waits -= verb.pace == "long"
+            if verb.pace == "save":
+                session.save_over()
+            if verb.pace != "long":
                 session.link.go_on()
 
     def _run(self, verb: Verb, session: Session, arguments: Sequence[Any]) -> Reply | Exception:
@@ -269,9 +283,7 @@ class Server:
         """Takes no new connections, lets requests finish within ``drain`` seconds, ends all sessions."""
         self.open = False
         self._reaper.cancel()
-        for listener in self._listeners:
-            self.loop.remove_reader(listener.fileno())
-            listener.close()
+        self._ears.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=drain)
         for session in list(self.sessions.values()):
@@ -281,15 +293,3 @@ class Server:
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._intake.shutdown(wait=True, cancel_futures=True)
         self._long.shutdown(wait=False, cancel_futures=True)
-
-
-def error_of(error: Exception) -> list[str]:
-    """An error for the wire: what kind, and the sentence."""
-    kind = type(error).__name__ if isinstance(error, KVStoreError) else "KVStoreError"
-    return [kind, str(error) if isinstance(error, KVStoreError) else "the daemon failed; its log says how"]
-
-
-def peer_of(sock: socket.socket) -> Peer:
-    """Who has connected, as the kernel says."""
-    pid, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return Peer(uid, pid)

@@ -17,8 +17,9 @@ from typing import Protocol
 from kvstore.daemon.area import Area
 from kvstore.daemon.arenas import Allowance, Arenas, create
 from kvstore.daemon.link import Link
+from kvstore.daemon.peer import Peer
 from kvstore.daemon.wire import Kind
-from kvstore.errors import BadInput
+from kvstore.errors import BadInput, TierError
 from kvstore.fetch import Fetch
 from kvstore.job import Job
 from kvstore.keeper import Pinned
@@ -35,18 +36,6 @@ MAX_HELD = 65536  # matches and loads of one client
 MAX_SAVES = 1024  # of one client, that it can wait for
 GONE = -1  # a fetch that failed
 PAGE = mmap.PAGESIZE
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, as the kernel says. ``place``: where on another machine; then nothing else is known."""
-
-    uid: int
-    pid: int
-    place: str = ""
-
-    def __str__(self) -> str:
-        return self.place or f"process {self.pid} of user {self.uid}"
 
 
 @dataclass(slots=True)
@@ -97,7 +86,7 @@ class Session:
         self.area = Area(f"staging-{number}", tenant.staging, self._retired)
         self._fd, self._page = create(f"session-{number}", PAGE, writable=False)
         self._page[0] = 1
-        self.ended = False
+        self.ended, self.saving = False, 0  # saves under way
 
     # -- what the client has to see ------------------------------------------------------------------------------
 
@@ -106,18 +95,23 @@ class Session:
         return os.dup(self._fd)
 
     def show(self, addresses: Sequence[int], staging: bool = False) -> tuple[list[list[object]], list[int]]:
-        """The arenas of these slots that the client does not have yet, and descriptors of them. Any thread."""
-        arenas, fds = list[list[object]](), list[int]()
+        """The arenas of these slots that the client does not have yet, with descriptors. Raises ``TierError``."""
+        arenas, fds, sent = list[list[object]](), list[int](), list[int]()
         if self.peer.place:  # no memory is shared with another machine
             return arenas, fds
-        for number in sorted({address >> SLOT_BITS for address in addresses}):
-            arena = None
-            if (staging, number) not in self._sent:
+        numbers = {address >> SLOT_BITS for address in addresses}
+        try:
+            for number in sorted(number for number in numbers if (staging, number) not in self._sent):
                 arena = (self.area.arenas if staging else self.tenant.arenas).get(number)
-            if arena is not None:
-                self._sent.add((staging, number))
-                arenas.append([staging, number, arena.bytes])
-                fds.append(arena.fd)
+                if arena is not None:
+                    arenas.append([staging, number, arena.bytes])
+                    fds.append(arena.fd)
+                    sent.append(number)
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            raise TierError(f"memory cannot be handed out: {error}") from error
+        self._sent.update((staging, number) for number in sent)
         return arenas, fds
 
     def retired(self, number: int, staging: bool = False) -> None:
@@ -222,14 +216,17 @@ class Session:
                 self.saves.popitem(last=False)
         return number
 
+    def save_over(self) -> None:
+        """One save less is under way."""
+        self.saving -= 1
+        if self.ended and not self.saving:
+            self.area.close()
+
     # -- its end -------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """Lets go of everything; again is no error. The page says so first: whoever copies what is not held any more
-        looks at it afterwards."""
-        if self.ended:
-            return
-        self.ended = True
+    def let_go(self) -> None:
+        """Lets go of all that is read; again is no error. The page says so first: whoever copies what is not held any
+        more looks at it afterwards."""
         self._page[0] = 0
         for load in self.loads.values():
             load.release()
@@ -239,7 +236,15 @@ class Session:
         self.matches.clear()
         self.jobs.clear()
         self._told.clear()
-        self.area.close()
+
+    def end(self) -> None:
+        """Lets go of everything, but of drafts only when saves under way have copied them; again is no error."""
+        if self.ended:
+            return
+        self.ended = True
+        self.let_go()
+        if not self.saving:
+            self.area.close()
         self._page.close()
         os.close(self._fd)
         if self.events is not None:

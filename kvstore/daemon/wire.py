@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-from kvstore.errors import TierError
+from kvstore.errors import KVStoreError, TierError
 
 HEADER = struct.Struct("<4sBBHIIQ")
 MAGIC = b"KVSD"
@@ -86,7 +86,7 @@ def unpack(head: Head, body: bytes | bytearray | memoryview, most: int | None = 
     many times the byte that it may be in the body."""
     if xxh3_64_intdigest(body) != head.check:
         raise BadFrame("the checksum of a message differs")
-    if most is not None and len(body) > FEW_BYTES and not _few(body, most):
+    if most is not None and len(body) > FEW_BYTES and not few(body, most):
         raise BadFrame(f"a message has more than {most} values, or cannot be read")
     try:
         return msgpack.unpackb(body, strict_map_key=False)
@@ -94,7 +94,7 @@ def unpack(head: Head, body: bytes | bytearray | memoryview, most: int | None = 
         raise BadFrame(f"a message cannot be read: {error}") from error
 
 
-def _few(body: bytes | bytearray | memoryview, most: int) -> bool:
+def few(body: bytes | bytearray | memoryview, most: int) -> bool:
     """Whether a body of msgpack says of itself that it has at most so many values, and has them."""
     place, left, size = 0, 1, len(body)
     while left and place < size:
@@ -120,3 +120,9 @@ def _few(body: bytes | bytearray | memoryview, most: int) -> bool:
         if most < 0:
             return False
     return not left and place <= size
+
+
+def error_of(error: Exception) -> list[str]:
+    """An error for the wire: what kind, and the sentence."""
+    kind = type(error).__name__ if isinstance(error, KVStoreError) else "KVStoreError"
+    return [kind, str(error) if isinstance(error, KVStoreError) else "the daemon failed; its log says how"]

@@ -10,7 +10,7 @@ from kvstore.errors import Corrupt
 from kvstore.keys import Namespace
 from kvstore.layout import Layout
 from kvstore.remote.cutting import Group, cut, parts_of
-from kvstore.tiers.seal import ENVELOPE_BYTES, Envelope
+from kvstore.tiers.seal import ENVELOPE_BYTES, MOST_PARTS, Envelope
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +43,8 @@ def opened(key: bytes, envelope: Envelope) -> RemoteBlock:
         raise Corrupt("the header is another block's")
     if header.stride != layout.block_tokens or header.token_count != header.stride:
         raise Corrupt("the header is that of a block that is not full")
+    if layout.payload_bytes(header.stride) > MOST_PARTS * envelope.part_bytes:
+        raise Corrupt("the block is larger than any that is stored")
     block = RemoteBlock(header, envelope.part_bytes, len(envelope.header))
     if parts_of(block.groups) != envelope.parts:
         raise Corrupt("the block was cut in another way than it says")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from kvstore.mover import Mover, Priority
 from kvstore.remote.breaker import Breaker
 from kvstore.remote.options import RemoteOptions
 from kvstore.tiers.base import Remote, Wanted
+
+log = logging.getLogger("kvstore")
 
 TOGETHER = 64  # parts that are read in one exchange, at most
 
@@ -105,7 +108,8 @@ class Courier:
         try:
             with self._mover.rates.moving("read", size):
                 return self._remote.read(wanted, self._options.timeout * exchanges)
-        except TierError:
+        except TierError as error:
+            log.warning("blocks do not come from the remote tier: %s", error)
             self._counters.add("remote_failures")
             self._breaker.failed()
             raise

@@ -29,10 +29,10 @@ MOST_LOOKUPS = 64  # under way or waiting
 
 @dataclass(eq=False)
 class Lookup:
-    """One exchange about a run of keys, and those who wait for it. ``trial``: it finds out whether to ask at all."""
+    """One exchange about a run of keys, and those who wait for it. ``judged``: how quick it was is known, or clear."""
 
     keys: Sequence[bytes]
-    trial: bool
+    judged: bool = False
     over: threading.Event = field(default_factory=threading.Event)
     blocks: dict[bytes, RemoteBlock] = field(default_factory=dict)  # that are there, leading ones
 
@@ -57,19 +57,35 @@ class Seeker:
 
     def _greet(self) -> None:
         try:
-            self._remote.find([bytes(KEY_BYTES)], self._options.timeout)
+            for _ in range(2):  # the first may have had to connect, which is no measure
+                begin = time.monotonic()
+                self._remote.find([bytes(KEY_BYTES)], self._options.timeout)
         except TierError as error:
             log.warning("blocks are not shared with other hosts for now: %s", error)
             self._counters.add("remote_failures")
             self._breaker.failed()
+        else:
+            if not self._breaker.closed:
+                self._judge(time.monotonic() - begin)
+
+    def asks(self) -> bool:
+        """Whether it is worth asking now. Microseconds."""
+        if self._breaker.closed:
+            return True
+        if self._breaker.try_again():
+            self.greet()
+        return False
+
+    def _judge(self, seconds: float) -> None:
+        """An answer took so long."""
+        if seconds > self._options.lookup:
+            self._breaker.failed()
+        else:
+            self._breaker.succeeded()
 
     def leading(self, keys: Sequence[bytes]) -> Mapping[bytes, RemoteBlock]:
         """Which of these keys, up to the first that is not there, the remote tier has, as far as it says so in time."""
         deadline = time.monotonic() + self._options.lookup
-        if not self._breaker.closed:
-            if self._breaker.try_again():
-                self._join(keys[:1], trial=True)
-            return {}
         found, rest = dict[bytes, RemoteBlock](), keys
         for _ in range(2):  # another's lookup, which begins with the same key, may have gone on with others
             known, rest = self._known(rest)
@@ -80,7 +96,7 @@ class Seeker:
                 break
             late = not lookup.over.wait(left)
             if late:
-                self._counters.add("remote_late_lookups")
+                self._late(lookup)
             found |= {key: lookup.blocks[key] for key in rest if key in lookup.blocks}
             rest = list(dropwhile(found.__contains__, rest))
             if late or not rest or lookup.keys == rest:
@@ -118,29 +134,38 @@ class Seeker:
             end = next((at for at, key in enumerate(rest) if self._missing.get(key, 0.0) > now), len(rest))
         return found, rest[:end]
 
-    def _join(self, keys: Sequence[bytes], trial: bool = False) -> Lookup | None:
+    def _late(self, lookup: Lookup) -> None:
+        """Somebody has waited in vain, which counts once; a later answer serves the next who asks."""
+        self._counters.add("remote_late_lookups")
+        if self._unjudged(lookup):
+            self._breaker.failed()
+
+    def _unjudged(self, lookup: Lookup) -> bool:
+        """True once: the caller judges it."""
+        with self._lock:
+            judged, lookup.judged = lookup.judged, True
+        return not judged
+
+    def _join(self, keys: Sequence[bytes]) -> Lookup | None:
         """The lookup of these keys that is under way, or one that begins now; None: there are too many."""
         with self._lock:
             lookup = self._lookups.get(keys[0])
             if lookup is not None or len(self._lookups) >= MOST_LOOKUPS:
                 return lookup
-            lookup = self._lookups[keys[0]] = Lookup(keys, trial)
+            lookup = self._lookups[keys[0]] = Lookup(keys)
         if not self._mover.submit(Priority.DEMAND, (0,), lambda: self._run(lookup)):
             self._end(lookup)
         return lookup
 
     def _run(self, lookup: Lookup) -> None:
         try:
-            if self._breaker.closed or lookup.trial:
+            if self._breaker.closed:
                 self._counters.add("remote_lookups")
-                seconds = self._ask(lookup)
-                if seconds > self._options.lookup:
-                    self._breaker.failed()
-                else:
-                    self._breaker.succeeded()
+                self._ask(lookup)
         except TierError:
             self._counters.add("remote_failures")
-            self._breaker.failed()
+            if self._unjudged(lookup):
+                self._breaker.failed()
         finally:
             self._end(lookup)
 
@@ -149,17 +174,17 @@ class Seeker:
             del self._lookups[lookup.keys[0]]
         lookup.over.set()
 
-    def _ask(self, lookup: Lookup) -> float:
-        """Asks for keys, a few at first, until one is not there; seconds that the first answer took."""
+    def _ask(self, lookup: Lookup) -> None:
+        """Asks for keys, a few at first, until one is not there. How long the first answer takes is what counts: long
+        prompts have many headers."""
         begin, keys = time.monotonic(), lookup.keys
-        first, at, size = None, 0, FIRST_ASKED
+        at, size = 0, FIRST_ASKED
         while at < len(keys):
             some = keys[at : at + size]
             left = begin + self._options.timeout - time.monotonic()
             if left <= 0:
                 break
             envelopes = self._remote.find(some, left)
-            first = time.monotonic() - begin if first is None else first
             blocks = list[RemoteBlock]()
             for key, envelope in zip(some, envelopes, strict=True):
                 if envelope is None:
@@ -170,12 +195,13 @@ class Seeker:
                     self._counters.add("remote_corrupt_blocks")
                     self.lost(key)
                     raise
+            if self._unjudged(lookup):
+                self._judge(time.monotonic() - begin)
             self._take(some, blocks)
             lookup.blocks |= zip(some, blocks, strict=False)
             if len(blocks) < len(some):
                 break
             at, size = at + size, min(size * MORE_ASKED, MOST_ASKED)
-        return first or 0.0
 
     def _take(self, keys: Sequence[bytes], blocks: Sequence[RemoteBlock]) -> None:
         """The leading ones of these keys are there, and the next is not."""

@@ -23,9 +23,10 @@ from kvstore.tiers.seal import Envelope
 
 log = logging.getLogger("kvstore")
 
-MOST_BLOCKS, MOST_BYTES, SHARE = 256, 256 << 20, 1 / 8  # that wait; and of the host tier's capacity
+MOST_BLOCKS, MOST_BYTES, SHARE = 1024, 1 << 30, 1 / 4  # that wait; and of the host tier's capacity
 TOGETHER = 16  # blocks of which it is asked at once whether they are there
-KNOWN, KNOWN_SHARE = 1 << 16, 1 / 4  # keys known to be there; of their life that passes until they are asked for again
+# Keys that are known to be there; of their life, and seconds, that pass until they are asked for again when used.
+KNOWN, KNOWN_SHARE, KNOWN_SECONDS = 1 << 16, 1 / 4, 600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +58,7 @@ class Sender:
         # Guarded by residency.lock:
         self._waiting: OrderedDict[int, Resident] = OrderedDict()  # each holds a lease
         self._moving: dict[int, Resident] = {}  # likewise
-        self._bytes = 0  # of both
+        self._bytes = 0  # of both, in slots
         self._known: OrderedDict[bytes, float] = OrderedDict()  # when it was last asked for (time.monotonic)
         self.known_bytes = 0  # payload of these, at most
         residency.share = self.share
@@ -66,7 +67,7 @@ class Sender:
         """A chain was saved, or used: its full blocks that are in memory go to the remote tier, or live on there.
         Locked."""
         index, residents, submit = self._residency.index, self._residency.residents, False
-        fresh = time.monotonic() - self._options.ttl * KNOWN_SHARE
+        fresh = time.monotonic() - min(self._options.ttl * KNOWN_SHARE, KNOWN_SECONDS)
         for number in chain:
             resident = residents.get(number)
             if resident is None or number in self._waiting or number in self._moving:
@@ -76,12 +77,12 @@ class Sender:
                 continue
             if self._known.get(index.key[number], float("-inf")) > fresh:
                 continue
-            many = len(self._waiting) >= MOST_BLOCKS or self._bytes > max(self._limit - resident.payload, 0)
+            many = len(self._waiting) >= MOST_BLOCKS or self._bytes > max(self._limit - layout.full_slot_bytes, 0)
             if many or not self._breaker.closed:
                 self._residency.counters.add("remote_dropped_writes")
                 continue
             self._waiting[number] = resident
-            self._bytes += resident.payload
+            self._bytes += layout.full_slot_bytes
             self._residency.hold([number])
             submit = True
         if submit:
@@ -125,7 +126,7 @@ class Sender:
     def _end(self, numbers: Sequence[int]) -> None:
         """The way of these blocks is over. Locked."""
         for number in numbers:
-            self._bytes -= self._moving.pop(number).payload
+            self._bytes -= self._moving.pop(number).layout.full_slot_bytes
         self._residency.unhold(numbers)
         self._residency.changed.notify_all()
 

@@ -67,7 +67,7 @@ def without(snapshot: Snapshot, lost: set[int]) -> Iterator[Entry]:
 def revealed(entries: Iterable[Entry], vault: Vault) -> Iterator[Entry]:
     """The entries, in their order, with the keys that sealed ones had before; those without a key are left as they
     are."""
-    entries = iter(entries)
+    entries, new = iter(entries), tuple.__new__
     while batch := list(islice(entries, _BATCH)):
         sealed: dict[bytes, list[int]] = defaultdict(list)
         for place, entry in enumerate(batch):
@@ -81,5 +81,6 @@ def revealed(entries: Iterable[Entry], vault: Vault) -> Iterator[Entry]:
             plain = key.unmask(b"".join([batch[place].key + batch[place].parent for place in places]))
             for start, place in zip(range(0, len(plain), 2 * KEY_BYTES), places, strict=True):
                 middle, end = start + KEY_BYTES, start + 2 * KEY_BYTES
-                batch[place] = batch[place]._replace(key=plain[start:middle], parent=plain[middle:end], seal=0)
+                sequence, address, _, _, *rest, _ = batch[place]
+                batch[place] = new(Entry, (sequence, address, plain[start:middle], plain[middle:end], *rest, 0))
         yield from batch

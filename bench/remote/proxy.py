@@ -7,10 +7,13 @@ import os
 import queue
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 CHUNK = 1 << 18
 GARBAGE = 10 << 20  # bytes
@@ -28,6 +31,7 @@ class Proxy:
 
     def __init__(self, port: int) -> None:
         self.mode = "as it is"
+        garbage()
         self.passed = 0  # bytes that the server has answered
         self.connections = 0
         self._target = port
@@ -103,7 +107,7 @@ class Proxy:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     client.close()
                 elif self.mode == "garbage":
-                    client.sendall(os.urandom(GARBAGE))
+                    client.sendall(garbage())
                 elif self.mode not in ("black hole", "half-open"):
                     server.sendall(data)
             server.shutdown(socket.SHUT_WR)
@@ -134,6 +138,12 @@ class Proxy:
             client.shutdown(socket.SHUT_RDWR)
 
 
+@cache
+def garbage() -> bytes:
+    """Made once, or making it would be what is measured."""
+    return os.urandom(GARBAGE)
+
+
 def damaged(data: bytes) -> bytes:
     """With a bit turned in every few hundred bytes, the last one among them."""
     changed = bytearray(data)
@@ -150,3 +160,65 @@ def between(port: int) -> Iterator[Proxy]:
         yield proxy
     finally:
         proxy.close()
+
+
+class Apart:
+    """A proxy in a process of its own, which takes no time from who is measured. Has ``mode``, ``url`` and ``cut``."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, "-m", "kvstore.bench.remote.proxy", str(port)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._mode = MODES[0]
+        self.port = int(self._ask(""))
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def mode(self) -> str:
+        """As of ``Proxy``."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._ask(f"mode {mode}")
+        self._mode = mode
+
+    @property
+    def passed(self) -> int:
+        """As of ``Proxy``."""
+        return int(self._ask("passed"))
+
+    def cut(self) -> None:
+        """As of ``Proxy``."""
+        self._ask("cut")
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._process:
+            pass  # its input ends, and so does it
+
+    def _ask(self, words: str) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if words:
+            self._process.stdin.write(words + "\n")
+            self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+
+def main() -> None:
+    """What the process of an ``Apart`` does: one line of its input at a time, and an answer to each."""
+    with between(int(sys.argv[1])) as proxy:
+        print(proxy.port, flush=True)
+        for line in sys.stdin:
+            word, _, rest = line.strip().partition(" ")
+            if word == "mode":
+                proxy.mode = rest
+            elif word == "cut":
+                proxy.cut()
+            print(proxy.passed, flush=True)
+
+
+if __name__ == "__main__":
+    main()
