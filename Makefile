@@ -25,7 +25,7 @@ demo-daemon: $(STAMP)
 	@$(BIN)/python -m kvstore.bench.workers bench/data/demo.json
 
 test: $(STAMP)
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
