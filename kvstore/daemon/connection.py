@@ -32,7 +32,7 @@ from kvstore.hot import Hold
 log = logging.getLogger("kvstore")
 
 MAX_TICKETS = 4096  # answers that nobody has asked for yet
-GROUP = 8 << 20  # bytes of filled drafts that are worth a message
+GROUP = 16 << 20  # bytes of filled drafts that are worth a message
 STAGING_LATE = 0.05  # seconds between two looks at what a device may still be reading
 
 

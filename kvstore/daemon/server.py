@@ -32,6 +32,7 @@ from kvstore.errors import BadInput, KVStoreError
 log = logging.getLogger("kvstore")
 
 WORKERS, LONG_WORKERS = 4, 64
+INTAKE = max(1, min(8, (os.cpu_count() or 2) // 2))  # copies at once: those who fill need cores, too
 MAX_HELLO = 16 << 10  # bytes of a first message
 MAX_WAITS = 256  # long requests of one client that are under way
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -58,7 +59,7 @@ class Server:
         self._most, self._limit = max_sessions, max_frame
         self.loop = asyncio.get_running_loop()
         self._workers = ThreadPoolExecutor(WORKERS, "kvstore-work")
-        self._intake = ThreadPoolExecutor(WORKERS, "kvstore-intake")
+        self._intake = ThreadPoolExecutor(INTAKE, "kvstore-intake")
         self._long = ThreadPoolExecutor(LONG_WORKERS, "kvstore-long")
         self._ears = Ears(self._taken)
         self._links: set[Link] = set()  # that have not said hello
