@@ -20,8 +20,10 @@ from kvstore.daemon.client import Client
 from kvstore.daemon.peer import Peer
 from kvstore.daemon.server import Server
 from kvstore.daemon.session import Session, Tenant
+from kvstore.erasure import Receipt
 from kvstore.files import Files, OsFiles
 from kvstore.local import LocalStore
+from kvstore.match import Match
 from kvstore.policies.pace import Pace
 from kvstore.store import CLOSE_SECONDS
 from kvstore.tiers.disk import DiskTier
@@ -124,6 +126,17 @@ class HostedClient(Client):
     def stats(self) -> dict[str, Any]:
         self.settle()
         return super().stats()
+
+    def forget(
+        self,
+        *,
+        tenant: str | None = None,
+        owner: str | None = None,
+        older_than: float | None = None,
+        match: Match | None = None,
+    ) -> Receipt:
+        self.settle()
+        return super().forget(tenant=tenant, owner=owner, older_than=older_than, match=match)
 
     def flush(self, timeout: float | None = None) -> bool:
         self.settle()
