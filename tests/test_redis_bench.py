@@ -23,7 +23,7 @@ def test_only_what_is_beyond_the_deadline_counts() -> None:
 def test_a_network_that_resets_is_measured() -> None:
     with running() as server:
         found = {mode: deadlines.measure(server, mode, 1) for mode in ("as it is", "reset")}
-    assert 1 <= found["reset"]["matches_until_open"] <= 3 and found["as it is"]["matches_until_open"] == 0
+    assert found["reset"]["matches_until_open"] in (1, 2, 3) and found["as it is"]["matches_until_open"] == 0
     assert found["reset"]["wrong_bytes"] == found["as it is"]["wrong_bytes"] == 0
     replay = {"without": {"tokens_per_second": 1000.0, "ratio": 1.0}}
     cost = {"without_us": 10.0, "breaker_open_us": 11.0, "added_us": 1.0}
