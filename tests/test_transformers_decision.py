@@ -157,6 +157,7 @@ def test_rows_of_a_batch_are_cut_together(store: LocalStore, seed: int) -> None:
     loaded = reuse.load(rows)
     assert loaded.cached_tokens == [STORED, 40] and loaded.decision.matched == STORED + 40
     del loaded
+    assert leases_left(store) == 0  # of layers that were on their way
     only_on_disk(store)
     know_model(reuse)
     know_disk(store, 10_000)
