@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+ENGINES := .venv-engines/bin
+ENGINES_STAMP := .venv-engines/.installed
+ENGINES_PIP := $(ENGINES)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo demo-daemon test check bench gpu soak clean
+.PHONY: install demo demo-daemon test check bench gpu soak engines clean
 
 install: $(STAMP)
 
@@ -42,6 +45,19 @@ gpu:
 
 soak: $(STAMP)
 	@$(BIN)/pytest -m soak --timeout 7200
+
+# Real engines, on the CPU: an environment of their own, since they pin what ours has newer.
+engines: $(STAMP) $(ENGINES_STAMP)
+	@OMP_NUM_THREADS=1 $(ENGINES)/pytest tests/engines
+
+$(ENGINES_STAMP): pyproject.toml tests/engines/requirements.txt
+	@test -x $(ENGINES)/python || { echo "making .venv-engines"; $(PYTHON) -m venv .venv-engines; }
+	@echo "installing engines (the first time takes minutes, and 4 GB)"
+	@$(ENGINES_PIP) install -qq --upgrade pip
+	@$(ENGINES_PIP) install -qq torch==2.13.0
+	@$(ENGINES_PIP) install -qq --no-deps -r tests/engines/requirements.txt
+	@$(ENGINES_PIP) install -qq --no-deps -e .
+	@touch $(ENGINES_STAMP)
 
 clean:
 	@rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,12 @@ from kvstore.block import Header
 from kvstore.index import Index
 
 
+def base_of(index: Index, number: int) -> int:
+    """The position that a block's first key is turned for; 0 where keys are before rotation. Locked."""
+    kind = index.kind_of(number)
+    return (len(index.chain(number)) - 1) * kind.layout.block_tokens if kind.origin.rotated else 0
+
+
 def heading(index: Index, number: int, stride: int) -> Header:
     """Header of a block that is in memory, with room for ``stride`` tokens; checksums are missing. Locked."""
     kind, parent = index.kind_of(number), index.parent[number]
@@ -23,5 +29,7 @@ def heading(index: Index, number: int, stride: int) -> Header:
         sequence=index.sequence[number],
         created=index.created[number],
         expires=index.expires[number],
-        writer=kind.writer,
+        form=kind.origin.form,
+        base=base_of(index, number),
+        writer=kind.origin.writer,
     )

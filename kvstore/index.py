@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from kvstore.families import NONE, Families
 from kvstore.keys import TOKEN_BYTES, Namespace, block_key, common_tokens
-from kvstore.kinds import Kind
+from kvstore.kinds import Kind, Origin
 from kvstore.layout import Layout
 from kvstore.remote.block import RemoteBlock
 from kvstore.tiers.base import Entry
@@ -120,7 +120,7 @@ class Index:
             piece = tokens[position : position + size]
             key = keys[len(blocks)] if keys else block_key(space, key, piece)
             found = number.get(key, NONE)
-            if found == NONE or self._layout[self.kind[found]] != wanted or not self._serves(found, now):
+            if found == NONE or self._layout[self.kind[found]] != wanted or not self.serves(found, now):
                 break
             if known.get(found, piece) != piece or self.parent[found] != parent:
                 break  # cannot be, unless the hash is broken: a miss, never wrong bytes
@@ -134,7 +134,8 @@ class Index:
             return Found(blocks, NONE, 0, done)
         return Found(blocks, partial, used, done + used)
 
-    def _serves(self, number: int, now: float) -> bool:
+    def serves(self, number: int, now: float) -> bool:
+        """Whether a known block is there, and has not expired."""
         if self.expires[number] and self.expires[number] <= now:
             return False
         return self.disk[number] != NONE or number in self.tokens or number in self.remote
@@ -145,7 +146,7 @@ class Index:
         if tokens:
             for child in self.families.neighbours(parent, tokens):
                 common = common_tokens(self.tokens_of(child), tokens)
-                if common > most and self._serves(child, now):
+                if common > most and self.serves(child, now):
                     best, most = child, common
         return best, most
 
@@ -240,7 +241,7 @@ class Index:
         entries that were kept out: nothing could reach a block whose parent is missing, or a second one of a key.
         """
         assert not self.key
-        kinds: dict[tuple[bytes, str, str, int], int] = {}
+        kinds: dict[tuple[bytes, str, str, int, str], int] = {}
         number, keys, parents = self.number, self.key, self.parent
         add_key, add_parent, add_used = keys.append, parents.append, used.append
         integers = (self.kind, self.count, self.sequence, self.disk, self.stride)
@@ -250,16 +251,16 @@ class Index:
         apart: list[Entry] = []
         for entry in chain(entries, _again(apart)):
             (sequence, address, key, above, namespace, tenant, owner, layout,
-             tokens, stride, created, expires, when, root, _, _) = entry
+             tokens, stride, created, expires, when, root, form, _) = entry
             # fmt: on
             parent = self.root(above) if root else number.get(above, NONE)
             if parent == NONE or key in number:
                 apart.append(entry)
                 continue
-            shared = (namespace, tenant, owner, id(layout))
+            shared = (namespace, tenant, owner, id(layout), form)
             kind = kinds.get(shared, NONE)
             if kind == NONE:
-                kind = kinds[shared] = self.intern(Kind(namespace, b"", tenant, owner, layout, ""))
+                kind = kinds[shared] = self.intern(Kind(namespace, b"", tenant, owner, layout, Origin(form)))
             number[key] = len(keys)
             add_key(key)
             add_parent(parent)

@@ -11,6 +11,8 @@ from functools import partial
 from kvstore.block import Header, bad_pieces, decode_header
 from kvstore.errors import Corrupt, TierError
 from kvstore.fetch import Fetch
+from kvstore.heading import base_of
+from kvstore.kinds import Origin
 from kvstore.mover import Mover
 from kvstore.remote.tier import RemoteTier
 from kvstore.residency import Residency, Resident
@@ -111,10 +113,13 @@ class Intake:
             index, number = residency.index, fetch.number
             kind = index.kind_of(number)
             expected = (index.key[number], kind.namespace, kind.layout, fetch.resident.stride, index.count[number])
+            keys = kind.origin.form, base_of(index, number)
             fetch.header = header
             kept = all(header.tokens.startswith(piece) for piece in fetch.promised)
         if not kept or (header.key, header.namespace, header.layout, header.stride, header.token_count) != expected:
             raise Corrupt("the slot holds another block than the index says")
+        if (header.form, header.base) != keys:
+            raise Corrupt("the slot holds keys of another form, or for other positions, than the index says")
 
     def _check(self, fetch: Fetch, first: int, last: int) -> None:
         """Every piece of layers ``first`` to ``last - 1``."""
@@ -160,7 +165,8 @@ class Intake:
         residency, number, resident = self._residency, fetch.number, fetch.resident
         index, kind = residency.index, residency.index.kind_of(number)
         if not kind.fingerprint:
-            index.kind[number] = index.intern(replace(kind, fingerprint=header.fingerprint, writer=header.writer))
+            origin = Origin(header.form, header.writer)
+            index.kind[number] = index.intern(replace(kind, fingerprint=header.fingerprint, origin=origin))
         resident.checksums = header.checksums
         residency.put_host(number, resident, header.tokens)
         if fetch.prefetched:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 from kvstore.errors import BadInput
@@ -38,6 +38,12 @@ TAG_CHAIN = b"h"
 TAG_START = b"s"
 TAG_OFFSET = b"o"
 TAG_MARK = b"m"
+TAG_SHELF = b"a"
+
+# In place of a chain's root: no block goes on from the one before it, and each hangs on a *shelf*, a root that its
+# first token names. There are enough of them that none has many children, and so few that they need not be let go.
+APART = bytes(KEY_BYTES)
+SHELVES = 1 << 14
 
 _LENGTH = struct.Struct("<Q")
 _NUMBER = struct.Struct("<q")
@@ -164,6 +170,21 @@ def block_key(namespace: Namespace, parent: bytes, tokens: bytes, extras: Sequen
     for extra in extras:
         data += encode([(TAG_EXTRA, b""), (TAG_NAME, extra.kind.encode()), (TAG_VALUE, extra.digest)])
     return blake2b(data, digest_size=KEY_BYTES, key=namespace.digest).digest()
+
+
+def links(namespace: Namespace, root: bytes, tokens: bytes, size: int) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """The blocks of a chain, ``size`` bytes of tokens each: the key that one hangs on, its own, and its tokens."""
+    key = root
+    for start in range(0, len(tokens), size):
+        piece = tokens[start : start + size]
+        above = key if root != APART else _shelf(namespace, int.from_bytes(piece[:TOKEN_BYTES], "little") % SHELVES)
+        key = block_key(namespace, above, piece)
+        yield above, key, piece
+
+
+@lru_cache(maxsize=4 * SHELVES)
+def _shelf(namespace: Namespace, number: int) -> bytes:
+    return root_key(namespace, [encode([(TAG_SHELF, _LENGTH.pack(number))])])
 
 
 def token_bytes(token_ids: object) -> bytes:

@@ -14,6 +14,7 @@ from kvstore.checksum import copy_digests
 from kvstore.errors import BadInput
 from kvstore.fetch import Fetch
 from kvstore.hot import Hold, Hot, Slot
+from kvstore.kinds import Origin
 from kvstore.match import Match
 from kvstore.residency import Resident
 
@@ -34,6 +35,13 @@ class Source(NamedTuple):
     view: memoryview | None
     slot: Slot | None
     base: int = 0  # where ``view`` begins in memory
+    origin: Origin = Origin()
+
+    @property
+    def writer(self) -> str:
+        """Who wrote it; empty when that is not known, as of a block from disk before its first layer is there."""
+        header = self.held.header if isinstance(self.held, Fetch) else None
+        return self.origin.writer if header is None else header.writer
 
     @property
     def stride(self) -> int:
@@ -42,6 +50,10 @@ class Source(NamedTuple):
             assert self.slot is not None
             return self.slot.stride
         return self.held.resident.stride if isinstance(self.held, Fetch) else self.held.stride
+
+    def whole(self, deadline: float) -> bool:
+        """Whether all of it is in host memory, verified, by then (monotonic)."""
+        return self.held is not None and (not isinstance(self.held, Fetch) or self.held.wait_all(deadline))
 
 
 class Piece(NamedTuple):
@@ -54,6 +66,7 @@ class Piece(NamedTuple):
     values: memoryview
     stride: int
     tokens: int
+    rotated: bool = False  # keys are as turned for the positions of their tokens in the chain
 
 
 class Place(NamedTuple):
@@ -61,6 +74,7 @@ class Place(NamedTuple):
 
     ``hot``: they are the device's, in ``slot``. Otherwise they are the host's, and ``slot``, if there is one, is to be
     filled by this load: the block's layers belong at ``slot.keys(layer)``, keys and values in one run.
+    ``rotated``: keys are as turned for ``position`` and after, where the block stands in its chain.
     """
 
     keys: int
@@ -69,6 +83,8 @@ class Place(NamedTuple):
     tokens: int
     slot: Slot | None = None
     hot: bool = False
+    rotated: bool = False
+    position: int = 0
 
 
 class Home(Protocol):
@@ -88,7 +104,7 @@ class Load:
     def __init__(self, match: Match, sources: list[Source], residency: Home, hold: Hold) -> None:
         self.layout = match.layout
         self.tokens = sum(source.tokens for source in sources)
-        self.token_ids = match.token_ids
+        self.token_ids, self.skipped = match.token_ids, match.skipped
         self.lease = hold.lease
         self._sources = sources
         self._fetches = [source.held for source in sources if isinstance(source.held, Fetch)]
@@ -112,6 +128,11 @@ class Load:
     def sources(self) -> Sequence[Source]:
         """Its blocks."""
         return self._sources
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Who wrote its blocks, each once, as far as is known by now."""
+        return tuple(filter(None, dict.fromkeys(source.writer for source in self._sources)))
 
     def intact(self) -> bool:
         """Whether all that was copied so far was what it should be: asked after each copy. In the store's own process
@@ -152,20 +173,22 @@ class Load:
             stride = source.stride
             start = layout.header_bytes + layout.layer_offsets(stride)[layer]
             middle = start + layout.key_bytes(layer, stride)
-            end = middle + layout.value_bytes(layer, stride)
-            pieces.append(Piece(source.view[start:middle], source.view[middle:end], stride, source.tokens))
+            end, rotated = middle + layout.value_bytes(layer, stride), source.origin.rotated
+            pieces.append(Piece(source.view[start:middle], source.view[middle:end], stride, source.tokens, rotated))
         return pieces
 
     def places(self, layer: int) -> list[Place]:
         """``pieces`` as addresses, for kernels, of host or device memory; good until ``release``."""
-        layout, places = self.layout, []
+        layout, places, position = self.layout, list[Place](), self.skipped
         strides: dict[int, tuple[int, int]] = {}  # where the layer begins in a payload, and the size of its keys
         for (base, stride), source in zip(self._bases, self._sources, strict=True):
             if stride not in strides:
                 strides[stride] = layout.layer_offsets(stride)[layer], layout.key_bytes(layer, stride)
             start, size = strides[stride]
             keys = base + start
-            places.append(Place(keys, keys + size, stride, source.tokens, source.slot, source.view is None))
+            there = keys, keys + size, stride, source.tokens, source.slot, source.view is None
+            places.append(Place(*there, source.origin.rotated, position))
+            position += source.tokens
         return places
 
     @cached_property
@@ -269,22 +292,3 @@ class Load:
         self._sources = []
         self._bases = []
         self._end()
-
-
-def placed(sources: list[Source], hot: Hot, slots: list[Slot]) -> list[Source]:
-    """The sources with slots for those that have none, as far as there is room; ``slots`` gets the new ones. Locked."""
-    chain = [source.number for source in sources]
-    hot.touch(chain)  # so that no block makes room for another of the same prompt, if others can
-    with_slots = []
-    for at, source in enumerate(sources):
-        if source.held is not None and not hot.placed(source.number):
-            held = source.held.resident if isinstance(source.held, Fetch) else source.held
-            slot = hot.place(source.number, held.layout, held.stride)
-            if slot is None:
-                with_slots += sources[at:]
-                break
-            slots.append(slot)
-            source = source._replace(slot=slot)
-        with_slots.append(source)
-    hot.arrange(chain)
-    return with_slots

@@ -9,11 +9,11 @@ from functools import partial
 
 from kvstore.families import NONE
 from kvstore.fetch import Fetch
-from kvstore.hot import Hold, Slot
+from kvstore.hot import Hold, Hot, Slot
 from kvstore.intake import Intake
 from kvstore.keys import TOKEN_BYTES
 from kvstore.lease import Lease
-from kvstore.load import Load, Source, placed
+from kvstore.load import Load, Source
 from kvstore.match import Match
 from kvstore.mover import Mover, Priority
 from kvstore.prospect import Prospect, prospect
@@ -81,13 +81,14 @@ class Loader:
                 if not self._promises(held, number, piece):
                     break
                 position += len(piece)
-                sources.append(Source(number, tokens, held, self._view(held), slot, self._base(held)))
+                origin = residency.index.kind_of(number).origin
+                sources.append(Source(number, tokens, held, self._view(held), slot, self._base(held), origin))
             chain = [number for number, _ in match.blocks]
             residency.host_policy.arrange(chain)
             for tell in (residency.admit, residency.share):
                 tell(chain if lease.active else ())
             if hot is not None:
-                sources = placed(sources, hot, slots)
+                sources = _placed(sources, hot, slots)
             hold = Hold(lease, slots)
             self._holds.add(hold)
         for fetch, part in [*((fetch, 0) for fetch in started), *hurried]:
@@ -205,3 +206,22 @@ class Loader:
                     event.wait()
                 except RuntimeError as error:
                     log.warning("the device has failed, and works on no memory any more: %s", error)
+
+
+def _placed(sources: list[Source], hot: Hot, slots: list[Slot]) -> list[Source]:
+    """The sources with slots for those that have none, as far as there is room; ``slots`` gets the new ones. Locked."""
+    chain = [source.number for source in sources]
+    hot.touch(chain)  # so that no block makes room for another of the same prompt, if others can
+    with_slots = []
+    for at, source in enumerate(sources):
+        if source.held is not None and not hot.placed(source.number):
+            held = source.held.resident if isinstance(source.held, Fetch) else source.held
+            slot = hot.place(source.number, held.layout, held.stride)
+            if slot is None:
+                with_slots += sources[at:]
+                break
+            slots.append(slot)
+            source = source._replace(slot=slot)
+        with_slots.append(source)
+    hot.arrange(chain)
+    return with_slots

@@ -21,6 +21,7 @@ from kvstore.hot import Hot
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Keeper, Pinned, Retained, TierName
 from kvstore.keys import Namespace, token_bytes
+from kvstore.kinds import PRE, Origin, check_form
 from kvstore.known import Known
 from kvstore.layout import Layout
 from kvstore.load import Load
@@ -166,14 +167,17 @@ class LocalStore(Store):
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
+        form: str = PRE,
     ) -> Saved:
         self._alive()
         tokens = token_bytes(token_ids)
+        check_form(form, namespace, root)
         if ttl is not None and not ttl > 0:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
         check_drafts(layout, drafts, lambda draft: draft.usable(self._residency))
         self._known.add(namespace)
-        return self._saver.save(namespace, root or namespace.root, layout, tokens, drafts, owner, ttl, writer)
+        root, origin = root or namespace.root, Origin(form, writer)
+        return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, origin)
 
     def pin(self, match: Match, tier: TierName = "host", *, seconds: float) -> Pinned:
         self._alive()

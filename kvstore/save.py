@@ -10,8 +10,8 @@ from typing import Protocol
 from kvstore.block import address_of, copy_checked
 from kvstore.errors import BadInput
 from kvstore.families import NONE
-from kvstore.keys import TOKEN_BYTES, Namespace, block_key, check_names
-from kvstore.kinds import Kind
+from kvstore.keys import APART, TOKEN_BYTES, Namespace, check_names, links
+from kvstore.kinds import Kind, Origin
 from kvstore.layout import Layout
 from kvstore.residency import Residency, Resident
 from kvstore.room import keep_free, reserve_hosts
@@ -121,6 +121,10 @@ class Saved:
         """How many of them this save has stored."""
         return self._new_tokens
 
+    def settled(self, timeout: float) -> bool:
+        """Whether it is known by then what is stored; in the store's own process it is known at once."""
+        return True
+
     def wait(self, timeout: float | None = None) -> Durable:
         """Writes what is still only in memory, waits for it, and tells what is durable. Without a disk: nothing is."""
         return self._writer.wait(self._chain, set(self._new), timeout)
@@ -149,7 +153,7 @@ class Saver:
         self, namespace: Namespace, root: bytes, layout: Layout, tokens: bytes, numbers: Sequence[int]
     ) -> list[int]:
         """Of these blocks of a chain, by their number in it, those that are not in memory."""
-        keys, _ = _keys(namespace, root, layout, tokens)
+        keys = [key for _, key, _ in links(namespace, root, tokens, layout.block_tokens * TOKEN_BYTES)]
         with self._residency.lock:
             index, residents = self._residency.index, self._residency.residents
             return [i for i in numbers if i < len(keys) and index.number.get(keys[i], NONE) not in residents]
@@ -163,48 +167,37 @@ class Saver:
         drafts: Mapping[int, Draft],
         owner: str,
         ttl: float | None,
-        writer: str,
+        origin: Origin,
     ) -> Saved:
         """Publishes the blocks of a chain behind ``root``; takes over all ``drafts``. See ``Store.save``."""
-        check_names(owner, namespace.tenant, writer)
-        shared = Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, writer)
-        (keys, pieces), residency = _keys(namespace, root, layout, tokens), self._residency
-        now = residency.wall()
+        check_names(owner, namespace.tenant, origin.writer)
+        shared = Kind(namespace.digest, namespace.fingerprint.digest, namespace.tenant, owner, layout, origin)
+        residency, whole = self._residency, layout.block_tokens * TOKEN_BYTES
+        blocks, now = list(links(namespace, root, tokens, whole)), residency.wall()
         expires = now + ttl if ttl is not None else 0.0
-        chain, new = list[int](), list[int]()
+        chain, new, sequences = list[int](), list[int](), list[tuple[int, int, int]]()
         visible = fresh = 0
-        whole = layout.block_tokens * TOKEN_BYTES
         with residency.lock:
             residency.check_open()
             residency.settle()
             index = residency.index
             kind = index.intern(shared)
-            parent = index.root(root)
-            for i, (key, piece) in enumerate(zip(keys, pieces, strict=True)):
-                number = index.number.get(key, NONE)
-                if number != NONE and not index.same_layout(number, layout):
-                    break  # the namespace holds this chain in another layout
-                if number != NONE and not index.same(number, parent, piece):
-                    break  # cannot be, unless the hash is broken
-                if number != NONE and index.present(number):
-                    if index.expires[number] and (not expires or expires > index.expires[number]):
-                        index.expires[number] = expires
-                    self._adopt(number, drafts.get(i), piece)
-                elif len(piece) < whole and (cover := self._cover(parent, piece, layout)) != NONE:
-                    number = cover
-                else:
-                    draft = drafts.get(i)
-                    if draft is None:
-                        break
-                    number = self._publish(number, key, parent, kind, piece, draft, now, expires)
+            number = index.root(root) if root != APART else NONE
+            for i, (above, key, piece) in enumerate(blocks):
+                parent = number if root != APART else index.root(above)
+                number, added = self._stored(key, parent, kind, piece, drafts.get(i), now, expires)
+                if number == NONE and root == APART:
+                    continue
+                if number == NONE:
+                    break
+                if added:
                     new.append(number)
                     fresh += len(piece) // TOKEN_BYTES
                 visible += len(piece) // TOKEN_BYTES
                 chain.append(number)
-                parent = number
+                sequences.append((number, index.sequence[number], len(piece) // TOKEN_BYTES))
             residency.host_policy.arrange(chain, served=True)
             residency.disk_policy.arrange(chain, served=True)
-            sequences = [(n, index.sequence[n], len(p) // TOKEN_BYTES) for n, p in zip(chain, pieces, strict=False)]
             self._tell(new, chain)
             keep_free(residency, layout.full_slot_bytes)
         for draft in drafts.values():
@@ -212,6 +205,28 @@ class Saver:
         residency.counters.add("saved_tokens", fresh)
         residency.counters.add("saved_bytes", fresh * layout.token_payload)
         return Saved(self._writer, sequences, new, visible, fresh)
+
+    def _stored(
+        self, key: bytes, parent: int, kind: int, piece: bytes, draft: Draft | None, now: float, expires: float
+    ) -> tuple[int, bool]:
+        """One block of a save, and whether it is new; NONE when it is neither stored nor drafted. Locked."""
+        index = self._residency.index
+        layout, number = index.kinds[kind].layout, index.number.get(key, NONE)
+        if number != NONE and not index.same_layout(number, layout):
+            return NONE, False  # the namespace holds this chain in another layout
+        if number != NONE and not index.same(number, parent, piece):
+            return NONE, False  # cannot be, unless the hash is broken
+        if number != NONE and index.present(number):
+            if index.expires[number] and (not expires or expires > index.expires[number]):
+                index.expires[number] = expires
+            if index.kind_of(number).origin.form == index.kinds[kind].origin.form:  # else it is not what is on disk
+                self._adopt(number, draft, piece)
+            return number, False
+        if len(piece) < layout.block_tokens * TOKEN_BYTES and (cover := self._cover(parent, piece, layout)) != NONE:
+            return cover, False
+        if draft is None:
+            return NONE, False
+        return self._publish(number, key, parent, kind, piece, draft, now, expires), True
 
     def _tell(self, new: list[int], chain: list[int]) -> None:
         """New blocks are there, in a chain that was used. Locked."""
@@ -282,14 +297,3 @@ def check_drafts(layout: Layout, drafts: Mapping[int, Draft], ours: Callable[[Dr
             raise BadInput("a draft is of another store, or was given away before; ask store.draft for a new one")
     if len({id(draft) for draft in drafts.values()}) < len(drafts):
         raise BadInput("a draft stands for two blocks; ask store.draft for one each")
-
-
-def _keys(namespace: Namespace, root: bytes, layout: Layout, tokens: bytes) -> tuple[list[bytes], list[bytes]]:
-    """Keys and token bytes of a chain's blocks."""
-    size = layout.block_tokens * TOKEN_BYTES
-    pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-    keys, parent = [], root
-    for piece in pieces:
-        parent = block_key(namespace, parent, piece)
-        keys.append(parent)
-    return keys, pieces

@@ -204,10 +204,12 @@ class _Picture:
             residency.hold(blocks)
             layout, tiers = index.kind_of(end).layout, [tier_of(residency, number) for number in blocks]
             counts = [index.count[number] for number in blocks]
+            origins = [index.kind_of(number).origin for number in blocks]
         skipped, lease = self.start(end), Lease(blocks, residency.lease_ended)
         tokens = skipped + sum(counts)
         why = Miss("complete", tokens, "this is all of the segment")
-        return Match(layout, list(zip(blocks, counts, strict=True)), lease, tokens, tiers, why, b"", skipped)
+        pairs = list(zip(blocks, counts, strict=True))
+        return Match(layout, pairs, lease, tokens, tiers, why, b"", skipped, origins=origins)
 
     def _same(self, number: int) -> bool:
         """Whether a number still stands for the block that was looked at. Locked."""

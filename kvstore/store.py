@@ -14,6 +14,7 @@ from kvstore.erasure import Receipt
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName
 from kvstore.keys import Namespace
+from kvstore.kinds import PRE
 from kvstore.layout import Layout
 from kvstore.load import Load
 from kvstore.match import Match
@@ -57,6 +58,8 @@ class Store(ABC):
 
         ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing.
         ``first``: the first token that is wanted; blocks before it are left out. Takes leases; moves nothing.
+        With ``keys.APART`` as the root, each whole block is a chain of its own: all that are stored are matched, in
+        order, and ``lacking`` names the others.
         """
 
     @abstractmethod
@@ -107,13 +110,18 @@ class Store(ABC):
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
+        form: str = PRE,
     ) -> Saved:
         """Publishes a chain's blocks; returns at once, visible to ``match`` from now on.
 
         ``token_ids``: all tokens of the chain whose KV exists. ``drafts``: by block number in the chain; all are taken
         over. A block that is stored already is not stored again; one that is neither stored nor drafted ends the save.
-        ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing.
+        ``root``: the key that the chain starts from (``Context.root``), by default that of chains behind nothing; with
+        ``keys.APART`` each block is a chain of its own, whose end does not end the others.
         ``owner``: whom the tokens belong to, for ``forget``. ``ttl``: seconds until they are no longer served.
+        ``writer``: the engine and its build. ``form``: how keys stand in the drafts, "pre" (before rotation) or
+        "rotated": turned for the positions of their tokens. The latter only for chains that start at position 0, behind
+        nothing, so without a ``root``. Blocks of one chain may differ in it; what is stored stays as it is.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ import torch
 from fused_cases import MASKS, Problem, moved, problem
 
 from kvstore.tensors import fused_gpu
+from kvstore.tensors.fusion import rebuilt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -81,9 +82,21 @@ def test_a_wrong_sum_would_be_found(seed: int) -> None:
 
 
 def test_the_context_is_split_where_programs_are_few() -> None:
-    device = torch.device("cpu")
-    assert fused_gpu.split(8, 32768, 64, device) == (32, 1024)
-    assert fused_gpu.split(8, 200, 64, device) == (1, 256)
-    assert fused_gpu.split(8, 300, 64, device) == (2, 256)
-    assert fused_gpu.split(1000, 32768, 64, device) == (1, 32768)
-    assert fused_gpu.split(8, 0, 64, device)[0] == 1
+    assert fused_gpu.split(4, 8192, 64, 132) == (32, 256)
+    assert fused_gpu.split(8, 32768, 64, 132) == (16, 2048)
+    assert fused_gpu.split(8, 100, 64, 132) == (1, 128)
+    assert fused_gpu.split(8, 200, 64, 132) == (2, 128)
+    assert fused_gpu.split(1000, 32768, 64, 132) == (1, 32768)
+    assert fused_gpu.split(8, 0, 64, 132)[0] == 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("sources", [1, 2, 3, 4])
+def test_sums_have_the_bits_of_plain_torch(seed: int, dtype: torch.dtype, sources: int) -> None:
+    given = problem(seed, dtype, sources=(sources, sources), dims=(40, 16), context=150, device=DEVICE)
+    for states, weights in ((given.keys, given.fusion.keys), (given.values, given.fusion.values)):
+        wanted = rebuilt(states, weights)
+        for how in (0, 1, 2):
+            assert torch.equal(fused_gpu.rebuilt([moved(state, how) for state in states], weights), wanted)
+        states[0] = states[0].flip(2)
+        assert not torch.equal(fused_gpu.rebuilt(states, weights), wanted)

@@ -40,9 +40,14 @@ THIRD_PARTY = {
     "xxh3": {"llvmlite", "numba", "xxhash"},
     "tiers": {"lmdb", "msgpack", "xxhash"},
     "tiers.device": {"torch"},
+    "daemon.cuda": {"torch"},
     "tiers.redis": {"redis"},
     "tiers.redis_client": {"redis"},
     "adapters": FRAMEWORKS | {"xxhash"},
+    "adapters.sglang.hicache": {"sglang"},
+    "adapters.vllm.connector": {"torch", "vllm"},
+    "adapters.vllm.rotation": {"torch", "transformers", "vllm"},
+    "adapters.vllm.step": {"vllm"},
     "adapters.kvlink.__main__": FRAMEWORKS | {"rich", "typer"},
     "tensors": FRAMEWORKS | {"llvmlite", "numba", "triton"},
     "daemon.metrics": {"prometheus_client"},
@@ -75,9 +80,11 @@ HOSTILE = {"tests.test_daemon_wire"}  # they make such bytes, to throw them at t
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "numpy.load", "np.load"}
 # Top loops of threads and of a long run, which must survive anything: "module:function".
 BROAD_EXCEPT = {
+    "adapters.sglang.guard:answer",
     "adapters.transformers.ahead:_run",
     "adapters.transformers.loaded:_tried",
     "adapters.transformers.request:hear",
+    "adapters.vllm.worker:_run",
     "daemon.server:_run",
     "mover:_work",
     "mover:_run",

@@ -50,7 +50,12 @@ class Book:
     last: int = 0
 
     def make(
-        self, parent: Block | None = None, tokens: int | None = None, layout: Layout = LAYOUT, owner: str = "owner"
+        self,
+        parent: Block | None = None,
+        tokens: int | None = None,
+        layout: Layout = LAYOUT,
+        owner: str = "owner",
+        form: str = "pre",
     ) -> Block:
         """A new block behind ``parent``, with random tokens and bytes."""
         count = tokens or layout.block_tokens
@@ -73,6 +78,7 @@ class Book:
             stride=count,
             sequence=self.last,
             created=float(self.last),
+            form=form,
             checksums=checksums(layout, count, payload),
         )
         data = encode_header(header)

@@ -14,10 +14,11 @@ from blocks import WIDE, found, ids, save
 from gates import PATIENCE
 
 import kvstore
-from kvstore.load import Load, Place
+from kvstore.load import Load
 from kvstore.local import LocalStore
 from kvstore.tensors import carrier
 from kvstore.tensors.carrier import Carried, Carrier
+from kvstore.tensors.runs import Blocks
 from kvstore.tensors.streams import Stream
 
 TOKENS = ids(1, 3 * 32 + 7)
@@ -63,11 +64,12 @@ def asked(store: LocalStore) -> Load:
     return store.load(found(store, TOKENS, layout=WIDE), device=True)
 
 
-def differing(load: Load, layer: int, places: Sequence[Place]) -> list[int]:
+def differing(load: Load, layer: int, places: Blocks) -> list[int]:
     """Blocks whose bytes at ``places`` are not what the store holds."""
     wrong = []
-    for number, (place, piece) in enumerate(zip(places, load.pieces(layer), strict=True)):
-        for address, view in ((place.keys, piece.keys), (place.values, piece.values)):
+    both = zip(places.keys.tolist(), places.values.tolist(), load.pieces(layer), strict=True)
+    for number, (keys, values, piece) in enumerate(both):
+        for address, view in ((keys, piece.keys), (values, piece.values)):
             if ctypes.string_at(address, len(view)) != view:
                 wrong.append(number)
     return wrong
@@ -127,8 +129,8 @@ def test_a_layer_stays_until_it_is_read_though_the_load_is_over(load: Load, stre
 
     def read() -> None:
         gate.wait(PATIENCE)
-        for number, (place, both) in enumerate(zip(places, held, strict=True)):
-            for address, right in zip((place.keys, place.values), both, strict=True):
+        for number, (*place, both) in enumerate(zip(places.keys.tolist(), places.values.tolist(), held, strict=True)):
+            for address, right in zip(place, both, strict=True):
                 if ctypes.string_at(address, len(right)) != right:
                     wrong.append(number)
 
@@ -146,7 +148,8 @@ def test_a_layer_stays_until_it_is_read_though_the_load_is_over(load: Load, stre
 
 def test_memory_of_the_moment_goes_once_it_is_read(load: Load, streams: Carrier) -> None:
     carried = Carried(streams, load)
-    passing = [place.slot is None for place in carried.places(0)]
+    passing = [place.slot is None for place in load.places(0)]
+    carried.places(0)
     carried.used(0, streams.turns.record())
     rest(streams)
     carried.places(1)

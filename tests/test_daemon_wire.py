@@ -173,7 +173,7 @@ def test_nothing_that_is_sent_is_run(two_tenants: tuple[Daemon, str], tmp_path: 
                 data,
                 ["match", data, layout, data, None, 0, False],
                 ["match", space, data, data, data, 0, False],
-                ["save", space, layout, data + bytes(-len(data) % 4), [[0, 1, False]], None, "", None, ""],
+                ["save", space, layout, data + bytes(-len(data) % 4), [[0, 1, False]], None, "", None, "", "pre"],
                 ["remember", "note", data.decode("latin-1")],
                 ["schedule", [data, [0, None, data, data, data, None, 0, None, 0, None]]],
                 msgpack.ExtType(1, data),

@@ -15,7 +15,7 @@ from kvstore import BadInput, segments
 from kvstore.histogram import BOUNDS, Histogram
 from kvstore.index import Index
 from kvstore.keys import block_key, token_bytes
-from kvstore.kinds import Kind
+from kvstore.kinds import Kind, Origin
 from kvstore.local import LocalStore
 from kvstore.uses import Uses
 
@@ -154,7 +154,7 @@ def test_a_limit_that_is_none_is_refused(limit: object) -> None:
 def test_gaps_between_uses_and_idle_times_are_counted_once_a_block() -> None:
     index, now = Index(lambda _: None), [0.0]
     uses = Uses(index, lambda: now[0])
-    kind = index.intern(Kind(b"", b"", "", "", SMALL, ""))
+    kind = index.intern(Kind(b"", b"", "", "", SMALL, Origin()))
     blocks = [index.insert(bytes([n]), -2, kind, BLOCK, n + 1, 100.0, 0.0) for n in range(4)]
     uses.use(blocks[:2], 103.0)  # 3 seconds after they were saved
     uses.use(blocks[:3], 110.0)  # 7, 7 and 10 seconds
@@ -173,7 +173,7 @@ def test_gaps_between_uses_and_idle_times_are_counted_once_a_block() -> None:
 def test_a_number_that_stands_for_another_block_begins_anew() -> None:
     index = Index(lambda _: None)
     uses = Uses(index, lambda: 0.0)
-    kind = index.intern(Kind(b"", b"", "", "", SMALL, ""))
+    kind = index.intern(Kind(b"", b"", "", "", SMALL, Origin()))
     number = index.insert(b"one", -2, kind, BLOCK, 1, 100.0, 0.0)
     uses.use([number], 150.0)
     index.sweep(number)

@@ -156,7 +156,7 @@ def weak_block_key(space: kvstore.Namespace, parent: bytes, tokens: bytes, extra
 
 @pytest.fixture
 def weak(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("keys", "index", "save"):
+    for module in ("keys", "index"):
         monkeypatch.setattr(f"kvstore.{module}.block_key", weak_block_key)
 
 

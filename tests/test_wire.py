@@ -43,6 +43,7 @@ from kvstore.daemon.wire import (
     pack,
     unpack,
 )
+from kvstore.kinds import Origin
 from kvstore.layout import DTYPE_BYTES
 from kvstore.lease import Lease
 from kvstore.match import Match, Miss
@@ -198,24 +199,26 @@ def test_what_is_no_namespace_and_no_layout_is_bad_input(data: bytes) -> None:
 
 tiers = st.sampled_from(["device", "host", "disk", "remote"])
 misses = st.builds(Miss, names, st.integers(0, 2**40), names, st.none() | names)
+origins = st.builds(Origin, st.sampled_from(["pre", "rotated"]), st.sampled_from(["", "one", "two"]))
 
 
 @given(
-    st.lists(st.tuples(st.integers(-(2**62), 2**62), st.integers(0, 2**32 - 1), tiers), max_size=50),
+    st.lists(st.tuples(st.integers(-(2**62), 2**62), st.integers(0, 2**32 - 1), tiers, origins), max_size=50),
     st.integers(0, 2**40),
     st.integers(0, 2**40),
     misses,
     numbers,
+    st.lists(st.integers(0, 2**32 - 1), max_size=50),
 )
 @settings(max_examples=150, deadline=None)
 def test_a_match_is_the_same_on_the_other_side(
-    blocks: list[tuple[int, int, str]], tokens: int, skipped: int, miss: Miss, number: int
+    blocks: list[tuple[int, int, str, Origin]], tokens: int, skipped: int, miss: Miss, number: int, lacking: list[int]
 ) -> None:
     lease = Lease((), lambda _: None)
-    where = [tier for _, _, tier in blocks]
-    match = Match(SMALL, [block[:2] for block in blocks], lease, tokens, where, miss, b"", skipped)
+    where, made = [block[2] for block in blocks], [block[3] for block in blocks]
+    match = Match(SMALL, [block[:2] for block in blocks], lease, tokens, where, miss, b"", skipped, lacking, made)
     sent = read(pack(Kind.ANSWER, 1, pack_match(match, number)))[2]
-    assert match_fields(sent) == (number, tokens, skipped, match.blocks, where, miss)
+    assert match_fields(sent) == (number, tokens, skipped, match.blocks, where, miss, array("I", lacking), made)
 
 
 lines = st.none() | st.builds(Line, st.floats(0, 10), st.floats(0, 1))

@@ -68,7 +68,7 @@ class TierContract:
 
     def test_the_index_tells_what_it_was_given(self, tier: Tier, book: Book) -> None:
         root = book.make(owner="ann")
-        child, tail = book.make(root), book.make(root, tokens=5, owner="bob")
+        child, tail = book.make(root, form="rotated"), book.make(root, tokens=5, owner="bob")
         save(tier, tail, child, root)
         entries = list(tier.load())
         assert [entry.sequence for entry in entries] == [1, 2, 3]

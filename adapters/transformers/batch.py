@@ -56,15 +56,17 @@ def read_prompts(input_ids: Any, attention_mask: Any, padding: int | None, vocab
     if ids.is_floating_point() or ids.is_complex() or ids.ndim not in (1, 2) or ids.numel() == 0:
         raise BadInput(f"input_ids must be whole numbers of shape [tokens] or [rows, tokens], not {tuple(ids.shape)}")
     ids = ids.reshape(1, -1) if ids.ndim == 1 else ids
-    rows = _rows(ids, _read_mask(ids, attention_mask, padding))
-    top = max(max(row) for row in rows)
-    if vocabulary is not None and (top >= vocabulary or min(min(row) for row in rows) < 0):
+    here = ids.to("cpu")
+    mask = _read_mask(here, attention_mask, padding)
+    rows = _rows(here, mask)
+    low, top = (int(end) for end in (here if mask is None else here[mask]).aminmax())
+    if vocabulary is not None and (top >= vocabulary or low < 0):
         raise BadInput(f"input_ids hold token {top}, but the model's vocabulary has {vocabulary} tokens")
     return Prompts(rows, ids, ids.shape[0] == 1, pad)
 
 
-def _read_mask(ids: torch.Tensor, given: Any, padding: int | None) -> torch.Tensor:
-    """True where ``ids`` is a token."""
+def _read_mask(ids: torch.Tensor, given: Any, padding: int | None) -> torch.Tensor | None:
+    """True where ``ids``, in host memory, is a token; None where all are."""
     if given is not None:
         mask = torch.as_tensor(given).to("cpu")
         mask = mask.reshape(1, -1) if mask.ndim == 1 else mask
@@ -76,16 +78,18 @@ def _read_mask(ids: torch.Tensor, given: Any, padding: int | None) -> torch.Tens
         if mask.shape != ids.shape:
             raise BadInput(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}")
         return mask != 0
-    mask = torch.ones(ids.shape, dtype=torch.bool)
-    if padding is not None and ids.shape[0] > 1:
-        # As a tokenizer pads: a run of padding in front is no token; the same id further in is one.
-        leading = (ids.to("cpu") == padding).to(torch.int8).cumprod(dim=1).to(torch.bool)
-        leading[:, -1] = False
-        mask &= ~leading
-    return mask
+    if padding is None or ids.shape[0] == 1:
+        return None
+    # As a tokenizer pads: a run of padding in front is no token; the same id further in is one.
+    leading = (ids == padding).to(torch.int8).cumprod(dim=1).to(torch.bool)
+    leading[:, -1] = False
+    return ~leading
 
 
-def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+def _rows(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
+    if mask is None:
+        found: list[list[int]] = ids.tolist()
+        return found
     rows = []
     for number, (row, valid) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
         if not any(valid):
@@ -112,6 +116,10 @@ def cut_by_columns(prompts: Prompts, hits: Sequence[int]) -> tuple[int, list[int
 def lay_out(prompts: Prompts, columns: int, tokens: Sequence[int], device: torch.device) -> Plan:
     """Put row i's first ``tokens[i]`` at the end of the cached columns and the rest at the end of all columns."""
     width = columns + max(len(row) - cached for row, cached in zip(prompts.rows, tokens, strict=True))
+    if prompts.single and len(prompts.rows[0]) == width == prompts.given.shape[1]:
+        # Made where it is wanted: what is sent to a device now stands behind all that a load has sent.
+        ids = prompts.given.to(device, torch.long, copy=True)
+        return Plan(ids, torch.ones_like(ids), torch.arange(width, device=device)[None], columns, list(tokens))
     ids = torch.full((len(prompts.rows), width), prompts.padding, dtype=torch.long)
     mask = torch.zeros((len(prompts.rows), width), dtype=torch.long)
     positions = torch.zeros((len(prompts.rows), width), dtype=torch.long)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DummyLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from kvstore.adapters.transformers import capture
 from kvstore.adapters.transformers.batch import Plan
 from kvstore.adapters.transformers.buffers import LayerSpec
 from kvstore.adapters.transformers.composed import Scattered
-from kvstore.adapters.transformers.layers import layer_for
+from kvstore.adapters.transformers.layers import LazyLayer, layer_for
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.recorder import Recorder
 from kvstore.adapters.transformers.timeline import Timeline
@@ -48,6 +48,7 @@ class ReuseCache(DynamicCache):
         self.owner = weakref.ref(owner)
         self.loaded, self.recorder, self.stamp, self.tenant = loaded, recorder, stamp, tenant
         self._specs, self._dtype = specs, dtype
+        self._last, self._swapped = len(specs) - 1, any(spec.swapped for spec in specs)
         self._plan = plan  # until the first forward pass
         self._scattered = scattered  # likewise
         self._keeper = owner if scattered is not None else None  # likewise: without its hook it cannot be read
@@ -131,12 +132,29 @@ class ReuseCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Record the new states, wait for what is stored of this layer, and give both to attention."""
-        slot = self._slots[layer_idx]
+        """Record the new states, wait for what is stored of this layer, and give both to attention.
+
+        Of every token that is generated this is called once for each layer: no call more than needed.
+        """
+        slot, recorder = self._slots[layer_idx], self.recorder
+        if recorder.seen is not None and not (self._timed or self._swapped):
+            recorder.seen.append((slot, key_states, value_states, *recorder.calls))
+            recorder.calls.clear()
+            if slot == self._last:
+                capture.stop()
+            layer = self.layers[layer_idx]
+            update = DynamicLayer.update if type(layer) is LazyLayer and not layer.waiting else type(layer).update
+            found: tuple[torch.Tensor, torch.Tensor] = update(layer, key_states, value_states, *args, **kwargs)
+            return found
         if self._timed:
             self.loaded.reached(slot)
-        self.recorder.layer(slot, *self._specs[slot].exchanged(key_states, value_states))
-        if slot == len(self._specs) - 1:
+        states = self._specs[slot].exchanged(key_states, value_states)
+        if recorder.seen is not None:
+            recorder.seen.append((slot, *states, *recorder.calls))
+            recorder.calls.clear()
+        else:
+            recorder.layer(slot, *states)
+        if slot == self._last:
             capture.stop()  # what layers above rotate is not stored, and would be kept for nothing
         result: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._timed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,44 @@ def fingerprint(model: Any, store: Any, plan: LayerPlan) -> Fingerprint:
     base = base_model(model)
     config = base.config.get_text_config(decoder=True)
     weights, adapters = split_weights(base)
+    return composed(
+        config,
+        weights=_weights(base, weights, store),
+        dtype=" ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
+        quantization=getattr(base.config, "quantization_config", None),
+        frequencies=dict(base.named_buffers()),
+        adapters=_adapters(model, adapters),
+        plan=plan,
+    )
+
+
+def composed(
+    config: Any,
+    *,
+    weights: str,
+    dtype: str,
+    quantization: Any,
+    frequencies: Mapping[str, torch.Tensor],
+    adapters: str,
+    plan: LayerPlan,
+) -> Fingerprint:
+    """Of a model with this text config, whichever engine runs it: equal parts make equal fingerprints.
+
+    ``weights``: the checkpoint's digest. ``dtype``: of the weights in memory. ``frequencies``: buffers by name, of
+    which those of the rotation count. ``adapters``: what is switched on, "none" for nothing.
+    """
     return Fingerprint(
         {
             "format": FORMAT,
             "architecture": str(config.model_type),
             # What differs from the defaults only, so that a new version with new fields is no other model.
             "config": _digest({k: v for k, v in config.to_diff_dict().items() if not VOLATILE.match(k)}),
-            "weights": _weights(base, weights, store),
-            "dtype": " ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
-            "quantization": _digest(_plain(getattr(base.config, "quantization_config", None))),
-            "rope": _rope(base, config),
+            "weights": weights,
+            "dtype": dtype,
+            "quantization": _digest(_plain(quantization)),
+            "rope": _rope(frequencies, config),
             "sliding_window": _windows(config),
-            "adapters": _adapters(model, adapters),
+            "adapters": adapters,
             "layer_plan": plan.text,
         }
     )
@@ -90,12 +117,12 @@ def _files(base: Any) -> list[checkpoint.SafetensorsFile]:
         return []
 
 
-def _rope(base: Any, config: Any) -> str:
+def _rope(buffers: Mapping[str, torch.Tensor], config: Any) -> str:
     """The parameters as written, and the frequencies that came out of them."""
     parameters = _digest(_plain(getattr(config, "rope_parameters", None)))
     frequencies = {
         name: tensor
-        for name, tensor in base.named_buffers()
+        for name, tensor in buffers.items()
         if "inv_freq" in name.rpartition(".")[2] and not name.rpartition(".")[2].startswith("original")
     }
     return f"{parameters}/{checkpoint.memory_digest(frequencies)[:16]}"

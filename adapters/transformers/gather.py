@@ -6,6 +6,7 @@ the attention mask hides, or tokens that the model is about to compute.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,15 +14,19 @@ import numpy as np
 import torch
 
 from kvstore.adapters.transformers.buffers import LayerSpec, Pair
-from kvstore.adapters.transformers.rotation import Rotation
+from kvstore.adapters.transformers.rotated import Stretch, stretches
+from kvstore.adapters.transformers.rotation import Form, Rotation
 from kvstore.tensors.carrier import Carried, Carrier
 from kvstore.tensors.memory import empty
 from kvstore.tensors.plain import at
-from kvstore.tensors.runs import Target, runs_of
+from kvstore.tensors.rope import Turn
+from kvstore.tensors.runs import POSITION, Blocks, Target, runs_of
 from kvstore.tensors.streams import Event, current
 from kvstore.tensors.transfer import transfer
 
 CPU = torch.device("cpu")
+
+log = logging.getLogger("kvstore")
 
 
 class Brought(NamedTuple):
@@ -40,6 +45,23 @@ class Span(NamedTuple):
     tokens: int
     position: int  # of the first
     column: int
+    stored: int | None = None  # the position that its key is turned for as it is stored; None: keys are before rotation
+
+    def cut(self, low: int, high: int) -> Span:
+        """Its tokens ``low`` to ``high``."""
+        stored = None if self.stored is None else self.stored + low
+        return Span(self.source, self.first + low, high - low, self.position + low, self.column + low, stored)
+
+    def apart(self, rotated: Sequence[Stretch]) -> list[Span]:
+        """The same in spans whose keys are all before rotation, or all turned."""
+        found, done = [], 0
+        for stretch in rotated:
+            low, high = max(stretch.first - self.first, 0), min(stretch.stop - self.first, self.tokens)
+            if low < high:
+                stored = stretch.position + self.first + low - stretch.first
+                found += [self.cut(done, low), self.cut(low, high)._replace(stored=stored)]
+                done = high
+        return [span for span in (*found, self.cut(done, self.tokens)) if span.tokens]
 
 
 class Part(NamedTuple):
@@ -47,14 +69,17 @@ class Part(NamedTuple):
 
     place: int  # of the sequence in the batch
     holes: list[tuple[int, int]]  # columns that nothing is brought to
-    pieces: list[tuple[int, int, int]]  # columns that something is brought to, first and behind the last; its position
-    runs: np.ndarray
+    spans: list[Span]
+    runs: list[np.ndarray]  # of each span
 
 
 class Gather:
     """The loads of a batch, and how their bytes become tensors. Its leases end with ``release``.
 
     ``rows``: of each row its spans, in order of columns; of loads that are None there are none.
+
+    What another engine has stored with its keys turned is given as it is at the positions that they are turned for, and
+    elsewhere, where the layer's rotation has a form, turned by the difference.
 
     With a ``carrier`` the tensors are on its device, and the loads were asked for so; without, they are on the CPU.
     Different layers may be asked for by different threads at the same time.
@@ -71,12 +96,24 @@ class Gather:
         carrier: Carrier | None = None,
         device: torch.device = CPU,  # where addresses of loads are, without a carrier
     ) -> None:
-        self.loads, self.rows, self.columns = list(loads), [list(row) for row in rows], columns
+        self.loads, self.columns = list(loads), columns
+        self._rotated = [stretches(load) for load in loads]
+        self.rows = [[part for span in row for part in span.apart(self._rotated[span.source])] for row in rows]
+        self._between: dict[tuple[Form, int, int, int], Turn] = {}
         self._specs, self._rotations, self.dtype = specs, rotations, dtype
         self._carrier = carrier
         self._source = device
         self._device = device if carrier is None else carrier.device
         self._carried = [None if load is None or carrier is None else Carried(carrier, load) for load in loads]
+
+    def begin(self) -> None:
+        """Has the device's first layers copied, as far as they are in memory, before anybody asks for them."""
+        for carried in self._carried:
+            if carried is not None:
+                try:
+                    carried.begin()
+                except RuntimeError as error:  # no memory: whoever asks for the layers tries again, and hears of it
+                    log.debug("copies could not be begun: %s", error)
 
     def wait(self, layer: int, timeout: float) -> bool:
         """Whether this layer of every row is in memory and checked, at the latest after ``timeout`` seconds."""
@@ -123,20 +160,25 @@ class Gather:
 
         They are the store's own memory: say ``read`` as soon as the engine's stream has been asked to read them.
         """
-        load, spec, stop, start = self.loads[source], self._specs[layer], first + tokens, 0
-        for place in load.places(layer) if load is not None and tokens else ():
-            low, high = max(first, start) - start, min(stop, start + place.tokens) - start
-            start += place.tokens
-            if low >= high:
-                continue
-            if place.hot:
-                load.ready(current(self._device))
-            device = self._device if place.hot else self._source
+        load, carried, spec = self.loads[source], self._carried[source], self._specs[layer]
+        if load is None or not tokens:
+            return
+        blocks = Blocks.of(load.places(layer)) if carried is None else carried.stored(layer)
+        for block, low, high in zip(*(part.tolist() for part in blocks.within(first, first + tokens)), strict=True):
+            shape, device = (spec.heads, int(blocks.strides[block])), self._source
+            if carried is not None and carried.hot[block]:
+                device = self._device
+                carried.ready(current(device))
             keys, values = (
-                at(address, (spec.heads, place.stride, dim), self.dtype, device)[:, low:high]
-                for address, dim in ((place.keys, spec.key_dim), (place.values, spec.value_dim))
+                at(int(addresses[block]), (*shape, dim), self.dtype, device)[:, low:high]
+                for addresses, dim in ((blocks.keys, spec.key_dim), (blocks.values, spec.value_dim))
             )
             yield keys, values
+
+    def has_originals(self, source: int, first: int, tokens: int) -> bool:
+        """Whether the keys of these tokens of a load are stored before rotation, all of them."""
+        ends = [(max(first, each.first), min(first + tokens, each.stop)) for each in self._rotated[source]]
+        return not any(low < high for low, high in ends)
 
     def read(self, source: int) -> None:
         """The memory stays until the engine's stream, which the host may be far ahead of, has come so far."""
@@ -169,23 +211,21 @@ class Gather:
         for span in self.rows[row]:
             low, high = max(start, span.column), min(start + size, span.column + span.tokens)
             if low < high:
-                ahead = low - span.column
-                cut.append(Span(span.source, span.first + ahead, high - low, span.position + ahead, low - start))
+                cut.append(span.cut(low - span.column, high - span.column)._replace(column=low - start))
         return cut
 
     def _part(self, layer: int, place: int, row: int, start: int, size: int) -> Part:
-        holes, pieces, runs, column = [], [], [], 0
-        places: dict[int, Sequence[Any]] = {}
-        for span in self._within(row, start, size):
+        holes, runs, column, spans = [], [], 0, self._within(row, start, size)
+        places: dict[int, Any] = {}
+        for span in spans:
             if span.source not in places:
                 places[span.source] = (self._carried[span.source] or self.loads[span.source]).places(layer)
             stop = span.first + span.tokens
-            runs += runs_of(places[span.source], span.first, stop, span.position, span.column)
+            runs.append(runs_of(places[span.source], span.first, stop, span.position, span.column))
             holes.append((column, span.column))
             column = span.column + span.tokens
-            pieces.append((span.column, column, span.position))
         holes = [hole for hole in (*holes, (column, size)) if hole[0] < hole[1]]
-        return Part(place, holes, pieces, np.array(runs, dtype=np.int64).reshape(-1, 7))
+        return Part(place, holes, spans, runs)
 
     def _write(self, layer: int, places: Sequence[int], parts: Sequence[Part], size: int, into: Pair) -> None:
         firsts = {places[part.place]: part.place for part in parts}
@@ -193,7 +233,7 @@ class Gather:
             keys, values = (tensor[part.place].narrow(1, 0, size) for tensor in into)
             for first, stop in part.holes:
                 keys[:, first:stop], values[:, first:stop] = 0, 0
-            if part.pieces:
+            if part.spans:
                 self._turn(layer, part, Target(keys, values))
         for place, row in enumerate(places):
             if firsts[row] != place:
@@ -201,12 +241,31 @@ class Gather:
                     tensor[place, :, :size] = tensor[firsts[row], :, :size]
 
     def _turn(self, layer: int, part: Part, target: Target) -> None:
-        rotation, keys = self._rotations[layer], target.keys
-        if rotation.form is not None:
-            stop = max(position + stop - first for first, stop, position in part.pieces)
-            return transfer(part.runs, rotation.form.upto(stop, keys.device), target)
-        transfer(part.runs, None, target)
-        for first, stop, position in part.pieces if rotation.function is not None else ():
-            # The model's own function, where its tables are.
-            turning = keys[None, :, first:stop].to(self._specs[layer].device)
-            keys[:, first:stop] = rotation.rotate(turning, position)[0]
+        rotation, keys, stop = self._rotations[layer], target.keys, 0
+        form, still, turning = rotation.form, list[np.ndarray](), list[np.ndarray]()
+        for span, runs in zip(part.spans, part.runs, strict=True):
+            if rotation.function is None or span.stored == span.position or (form is None and span.stored is None):
+                still.append(runs)
+            elif span.stored is None:
+                turning.append(runs)
+                stop = max(stop, span.position + span.tokens)
+            else:
+                assert form is not None  # else the match was cut before it
+                runs[:, POSITION] -= span.position
+                transfer(runs, self._moving(form, span, span.stored, keys), target)
+        if still:
+            transfer(np.concatenate(still), None, target)
+        if turning and form is not None:
+            transfer(np.concatenate(turning), form.upto(stop, keys.device), target)
+        for span in part.spans if form is None and rotation.function is not None else ():
+            if span.stored is None:  # the model's own function, where its tables are
+                first, last = span.column, span.column + span.tokens
+                given = keys[None, :, first:last].to(self._specs[layer].device)
+                keys[:, first:last] = rotation.rotate(given, span.position)[0]
+
+    def _moving(self, form: Form, span: Span, stored: int, keys: torch.Tensor) -> Turn:
+        """What turns keys of a span from where they stand as stored, the same for all layers of a form."""
+        where = form, stored, span.position, span.tokens
+        if where not in self._between:
+            self._between[where] = form.between(stored, span.position, span.tokens, keys)
+        return self._between[where]

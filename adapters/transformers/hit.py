@@ -26,6 +26,7 @@ class Hit:
     plan: Plan
     exact: bool = True  # nothing is reused out of the context that it was computed in
     decision: Decision | None = None  # how much of what matched to load, and what was expected; None: nothing matched
+    writers: tuple[str, ...] = ()  # the engines that wrote what is loaded, as far as is known
 
     @property
     def timeline(self) -> list[Span]:
@@ -105,6 +106,19 @@ class SavedTurn:
 
     def _each(self, values: list[Any]) -> Any:
         return values[0] if self._single else values
+
+
+def add_tiers(tiers: dict[str, int], load: Any, stop: int, first: int = 0) -> None:
+    """Adds where tokens ``first`` to ``stop`` of a load come from; of None, nothing."""
+    for tier, part in load.tokens_by_tier(stop, first).items() if load is not None else ():
+        tiers[tier] = tiers.get(tier, 0) + part
+
+
+def release(loads: Sequence[Any]) -> None:
+    """Ends all leases."""
+    for load in loads:
+        if load is not None:
+            load.release()
 
 
 def sequences_of(out: Any) -> list[list[int]]:

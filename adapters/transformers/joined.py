@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ from kvstore.adapters.transformers.batch import Plan, Prompts, cut_by_columns, l
 from kvstore.adapters.transformers.blended import Blended
 from kvstore.adapters.transformers.cache import ReuseCache
 from kvstore.adapters.transformers.choice import Choice, choose
-from kvstore.adapters.transformers.composed import Composed
+from kvstore.adapters.transformers.composed import Composed, Scattered
 from kvstore.adapters.transformers.gather import Gather, Span
-from kvstore.adapters.transformers.hit import Hit, SavedTurn
+from kvstore.adapters.transformers.hit import Hit, SavedTurn, add_tiers, release
 from kvstore.adapters.transformers.loaded import Loaded
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.recompute import nested_prefill
 from kvstore.adapters.transformers.recorder import Opening, Recorder, Take
 from kvstore.adapters.transformers.reopen import reopen
+from kvstore.adapters.transformers.rotated import cut, readable, writers_of
 from kvstore.adapters.transformers.row import Row, Seat
 from kvstore.adapters.transformers.staging import Staging
 from kvstore.adapters.transformers.watch import Stamp
@@ -74,12 +75,15 @@ class Joined:
             load.wait(0, timeout=self.patience)
         elif not choice.waits_for(load, match, self.pace):
             return load, 0
-        return load, match.skipped + min(load.tokens, load.good_tokens(len(self.layout.layers) - 1))
+        good = readable(((each.tokens, each.origin.form) for each in load.sources), self.attached.turnable)
+        return load, match.skipped + min(good, load.good_tokens(len(self.layout.layers) - 1))
 
-    def rows(self, prompts: Prompts, tenant: str, by_columns: bool) -> Hit:
-        """A hit for prompts that go on from what is stored of them."""
+    def rows(self, prompts: Prompts, tenant: str, by_columns: bool, changed: Callable[[], str | None]) -> Hit:
+        """A hit for prompts that go on from what is stored. ``changed``, how the model changed, is asked meanwhile."""
         namespace = Namespace(self.fingerprint, tenant)
         matches = [self.store.match(namespace, self.layout, ids) for ids in prompts.rows]
+        for match in matches:
+            cut(match, self.attached.turnable, goes_on=True)
         lengths, on_device = [len(ids) for ids in prompts.rows], self.carrier is not None
         choice = choose(self.store, self.pace, lengths, matches, on_device, self.patience)
         if choice is not None:
@@ -87,7 +91,7 @@ class Joined:
         begun = [self.load(match, choice) for match in matches]
         loads, tokens = [load for load, _ in begun], [good for _, good in begun]
         misses = [match.miss for match in matches]
-        return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp, choice)
+        return self.hit(prompts, loads, misses, tokens, tenant, by_columns, self.stamp, choice, changed)
 
     def hit(
         self,
@@ -99,19 +103,25 @@ class Joined:
         by_columns: bool,
         stamp: object,
         choice: Choice | None = None,
+        changed: Callable[[], str | None] = lambda: None,
     ) -> Hit:
-        """A hit of the first ``tokens`` of each row."""
+        """A hit of the first ``tokens`` of each row; of nothing, if the model turns out to have ``changed``."""
         columns = max(tokens)
         if len(tokens) > 1 and (self.windows or by_columns):
             columns, tokens = cut_by_columns(prompts, tokens)
         tiers: dict[str, int] = {}
         for place, (load, count) in enumerate(zip(loads, tokens, strict=True)):
-            _count(tiers, load, count)
+            add_tiers(tiers, load, count)
             if load is not None and not count:
                 load.release()
                 loads[place] = None
+        spans = [[Span(place, 0, count, 0, columns - count)] if count else [] for place, count in enumerate(tokens)]
+        gather, writers = self._gather(loads, spans, columns), writers_of(loads)
+        if (reason := changed()) is not None:
+            gather.release()
+            return empty(self, prompts, tenant, reason)
         plan = lay_out(prompts, columns, tokens, self.attached.specs[0].device)
-        held = plan.mask[:, : plan.columns].to("cpu", torch.bool)
+        held = torch.arange(columns) >= columns - torch.tensor(plan.tokens)[:, None]
         rows = [
             self.row(ids[:count], Seat(source=place))
             for place, (ids, count) in enumerate(zip(prompts.rows, plan.tokens, strict=True))
@@ -119,10 +129,10 @@ class Joined:
         recorder = Recorder(rows, held, self.attached.rotations, self.attached.dtype, self.windows)
         if isinstance(stamp, str):
             recorder.end_all(stamp)
-        spans = [[Span(place, 0, count, 0, columns - count)] if count else [] for place, count in enumerate(tokens)]
-        cache = self._cache(loads, spans, plan, recorder, stamp, tenant, None, choice)
+        cache = self._cache(gather, plan, recorder, stamp, tenant, None, choice)
         cached, why = (tokens[0], misses[0]) if prompts.single else (tokens, misses)
-        return Hit(cache, cached, why, tiers, plan, decision=None if choice is None else choice.decision)
+        decision = None if choice is None else choice.decision
+        return Hit(cache, cached, why, tiers, plan, decision=decision, writers=writers)
 
     def assembled(self, namespace: Namespace, composition: Composition, apart: bool) -> tuple[Assembly, list[Any]]:
         """A prompt resolved, and loads of its runs under way.
@@ -139,6 +149,7 @@ class Joined:
                     run.match.release()
                     loads.append(None)
                     continue
+                cut(run.match, self.attached.turnable, goes_on=not run.modular)
                 load, good = self.load(run.match)
                 loads.append(load)
                 if run.modular and good < len(run.chain):
@@ -161,34 +172,39 @@ class Joined:
         assembly = composed.assembly
         tiers: dict[str, int] = {}
         for load, run in zip(loads, assembly.runs, strict=True):
-            _count(tiers, load, run.stored - run.match.skipped, run.first - run.match.skipped)
+            add_tiers(tiers, load, run.stored - run.match.skipped, run.first - run.match.skipped)
+        scattered = composed.scatter(self.attached.specs, self.decoder.config._attn_implementation)
         plan = composed.plan(self.attached.specs[0].device)
+        gather = self._gather(loads, [composed.spans()], plan.columns if scattered is None else scattered.total)
         recorder = self._opening(composed, tenant)
         if isinstance(stamp, str):
             recorder.end_all(stamp)
-        cache = self._cache(loads, [composed.spans()], plan, recorder, stamp, tenant, composed)
+        cache = self._cache(gather, plan, recorder, stamp, tenant, scattered)
         unfinished = (run.match.miss for run in assembly.runs if run.cached < len(run.chain) - run.first)
         cached = composed.total - len(composed.computed)
-        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact)
+        return Hit(cache, cached, next(unfinished), tiers, plan, assembly.exact, writers=writers_of(loads))
+
+    def _gather(self, loads: list[Any], spans: list[list[Span]], columns: int) -> Gather:
+        """What brings loads, and has begun: a hit is put together while the first layers are on their way."""
+        at = self.attached
+        gather = Gather(loads, spans, columns, at.specs, at.rotations, at.dtype, self.carrier)
+        gather.begin()
+        return gather
 
     def _cache(
         self,
-        loads: list[Any],
-        spans: list[list[Span]],
+        gather: Gather,
         plan: Plan,
         recorder: Recorder,
         stamp: object,
         tenant: str,
-        composed: Composed | None,
+        scattered: Scattered | None,
         choice: Choice | None = None,
     ) -> ReuseCache:
-        attached, specs = self.attached, self.attached.specs
-        kind = self.decoder.config._attn_implementation
-        scattered = None if composed is None else composed.scatter(specs, kind)
-        columns = plan.columns if scattered is None else scattered.total
+        attached, specs, columns = self.attached, self.attached.specs, gather.columns
         new = int(plan.ids.shape[1]) - columns
         loaded = Loaded(
-            Gather(loads, spans, columns, specs, attached.rotations, attached.dtype, self.carrier),
+            gather,
             new,
             specs,
             recorder,
@@ -281,15 +297,3 @@ def empty(joined: Joined, prompts: Prompts, tenant: str, reason: str) -> Hit:
     rows = len(prompts.rows)
     misses = [Miss("changed", 0, reason)] * rows
     return joined.hit(prompts, [None] * rows, misses, [0] * rows, tenant, False, reason)
-
-
-def release(loads: Sequence[Load | None]) -> None:
-    """End all leases."""
-    for load in loads:
-        if load is not None:
-            load.release()
-
-
-def _count(tiers: dict[str, int], load: Load | None, stop: int, first: int = 0) -> None:
-    for tier, part in load.tokens_by_tier(stop, first).items() if load is not None else ():
-        tiers[tier] = tiers.get(tier, 0) + part

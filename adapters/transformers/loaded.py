@@ -15,6 +15,7 @@ from kvstore.adapters.transformers.choice import Choice
 from kvstore.adapters.transformers.gather import Brought, Gather
 from kvstore.adapters.transformers.pace import Pace, Work
 from kvstore.adapters.transformers.recorder import Recorder
+from kvstore.adapters.transformers.row import Copy
 from kvstore.adapters.transformers.stopwatch import Stopwatch, stopwatch
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Timeline
 from kvstore.tensors.streams import current
@@ -95,7 +96,7 @@ class Loaded:
             self._deadline = time.perf_counter() + self._patience
         aim = self._aim = Aim(tuple(places), columns, room if self._specs[layer].window is None else self._aim.room)
         made = None if self._ahead is None else self._ahead.take(layer)
-        if made is not None and made.aim == aim and self._instead is None:
+        if made is not None and self._instead is None and made.aim._replace(room=aim.room) == aim <= made.aim:
             self.brought_ahead += 1
         else:
             made = self._now(layer, aim)
@@ -107,7 +108,11 @@ class Loaded:
         if not self._untaken:
             self._note_fetches()
             self.release()
-        return self._specs[layer].exchanged(*_handed_over(made.brought, like))
+        keys, values = _handed_over(made.brought, like)
+        left = made.aim.room - aim.room  # what was brought for a forward pass is wanted without one
+        if left and self._specs[layer].window is None:
+            keys, values = (states.narrow(2, 0, states.shape[2] - left) for states in (keys, values))
+        return self._specs[layer].exchanged(keys, values)
 
     def release(self) -> None:
         """End the leases; what was taken is the model's."""
@@ -217,17 +222,23 @@ class Loaded:
         if self._instead is not None:
             return
         for row in (*self.recorder.texts, *self.recorder.rows):
+            tokens = row.tail()[1]
+            tail = Copy(row.seat.source, row.base - tokens - row.seat.skipped, 0, tokens)
+            if not all(
+                self._gather.has_originals(copy.source, copy.first, copy.tokens) for copy in (*row.copies, tail)
+            ):
+                self.recorder.leave(row, "it goes on in a block whose keys another engine has stored rotated")
+                continue
             for copy in row.copies if row.ended is None else ():
                 at = copy.at
                 for keys, values in self._gather.originals(layer, copy.source, copy.first, copy.tokens):
                     row.write(layer, keys, values, at=at)
                     at += keys.shape[1]
                 self._gather.read(copy.source)
-            source, tokens = row.seat.source, row.tail()[1]
             if tokens and row.wants_seed:
-                for originals in self._gather.originals(layer, source, row.base - tokens - row.seat.skipped, tokens):
+                for originals in self._gather.originals(layer, tail.source, tail.first, tokens):
                     row.seed(layer, *originals)  # they are all in one block
-                self._gather.read(source)
+                self._gather.read(tail.source)
 
     def _bytes(self, layer: int, aim: Aim) -> int:
         """What is brought of a layer for the model."""

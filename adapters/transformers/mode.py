@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from kvstore.adapters.transformers.blend import deviating
 from kvstore.adapters.transformers.blended import Blended, mark_of
 from kvstore.adapters.transformers.composed import Composed
-from kvstore.adapters.transformers.hit import Hit
-from kvstore.adapters.transformers.joined import Joined, release
+from kvstore.adapters.transformers.hit import Hit, release
+from kvstore.adapters.transformers.joined import Joined
 from kvstore.composition import Composition
 from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
@@ -77,8 +77,10 @@ def compose(joined: Joined, composition: Composition, tenant: str, how: How, cha
     assembly, loads = joined.assembled(namespace, composition, mode != EXACT)
     if mode != BLEND or assembly.exact:
         return joined.composed(Composed(assembly), loads, tenant, changed or joined.stamp)
-    # A device's recording takes whole runs only; there a blend is made again every time.
-    blended = Blended.of(assembly) if joined.staging is None else None
+    # A device's recording takes whole runs only, and there is no way back to originals of keys that are stored rotated;
+    # a blend is made again every time then.
+    rotated = any("rotated" in run.match.forms for run in assembly.runs if run.modular)
+    blended = Blended.of(assembly) if joined.staging is None and not rotated else None
     if blended is not None and (stored := joined.stored(namespace, blended.chain)) >= blended.modules:
         release(loads)
         assembly, loads = joined.assembled(namespace, blended.instead(composition, stored), True)

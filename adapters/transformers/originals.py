@@ -14,6 +14,7 @@ class Originals:
     """What a load of the store gives, out of tensors; it goes through the very code that serves loads."""
 
     lent = False  # they are this process's own
+    sources = ()  # no blocks of a store
 
     def __init__(self, states: Sequence[Pair], device: torch.device) -> None:
         self._tokens = states[0][0].shape[2]

@@ -57,7 +57,9 @@ class Recorder:
         self.texts = [take.row for take in opening.takes if take.row not in self.rows] if opening else []  # end with it
         self.places = list(range(len(self.rows)))
         self.calls = heard()
-        self._columns = columns  # [rows, columns known]: which columns hold a token
+        self._known = columns  # [rows, columns]: which columns hold a token
+        self._more = 0  # columns behind them, which all hold one in all rows
+        self._full: list[bool] | None = None  # whether all of a row's known columns hold one; None: to be looked at
         self._total = columns.shape[1]  # columns of the cache; more than are known once recording has ended
         self._rotations = rotations
         self._dtype = dtype
@@ -66,15 +68,15 @@ class Recorder:
         self._layers = 0
         self._width = 0
         self._fresh: torch.Tensor | None = None
-        self._together = False  # this pass reads one token, which is written when all layers are known
-        self._states: list[torch.Tensor] = []
+        # This pass reads one token: of each layer its number, keys, values and the calls that may have made the keys,
+        # put here by the cache. They are looked at when all layers are known. None: ``layer`` is to be called.
+        self.seen: list[tuple[Any, ...]] | None = None
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
     def begin(self, ids: Any, mask: Any, positions: Any) -> None:
         """A forward pass over ``ids`` starts, with what the model was given besides."""
-        self._steps, self._layers, self._width, self._fresh, self._together = [], 0, 0, None, False
-        self._states.clear()
+        self._steps, self._layers, self._width, self._fresh, self.seen = [], 0, 0, None, None
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return self.end_all("the model was not given token ids")
         opening, self._opening = self._opening, None
@@ -84,7 +86,7 @@ class Recorder:
             return self.end_all("the attention mask was not two-dimensional")
         if ids.device.type != "cpu":  # all rows at once: every trip waits for the device
             ids, mask, positions = on_host(ids), on_host(mask), on_host(positions)
-        past, new = self._columns.shape[1], ids.shape[1]
+        past, new = self._past, ids.shape[1]
         if mask is not None and mask.shape[1] != past + new:
             return self.end_all(f"the attention mask has {mask.shape[1]} columns for {past + new} tokens")
         live = [index for index, row in enumerate(self.rows) if row.ended is None or self.reopened(row)]
@@ -99,16 +101,17 @@ class Recorder:
                 continue
             if mask is not None:
                 given = mask[places[0]].to("cpu", torch.bool)
-                if not torch.equal(given[:past], self._columns[index]):
+                if not torch.equal(given[:past], self.columns[index]):
                     self.rows[index].end("the attention mask hides or shows other tokens than were read")
                     continue
                 fresh[index] = given[past:]
-            elif not bool(self._columns[index].all()):
+            elif not self._unpadded(index):
                 self.rows[index].end("no attention mask was given for a padded row")
                 continue
             self._begin_row(self.rows[index], places[0], ids[places[0]], fresh[index], positions)
         self._fresh = fresh
-        self._together = new == 1 and all(step.row.alike for step in self._steps)
+        if new == 1 and self._steps and all(step.row.alike for step in self._steps):
+            self.seen = []
 
     def _open(self, opening: Opening, ids: torch.Tensor) -> None:
         """The first forward pass over a composed prompt starts."""
@@ -143,7 +146,7 @@ class Recorder:
             given = positions[place if positions.shape[0] > 1 else 0, -size:][first:].tolist()
             if given[0] != position or given != list(range(position, position + count)):
                 return row.end(f"positions do not follow the {position} before")
-        elif self._columns.shape[1] + first != position:
+        elif self._past + first != position:
             return row.end("no position ids were given for a padded row")
         wanted = ids[first:].tolist()
         room = row.prepare(count)
@@ -159,19 +162,26 @@ class Recorder:
             originals = self._rotations[slot].originals(self.calls, keys)
             if originals is None or originals.dtype != self._dtype or values.dtype != self._dtype:
                 self.stop(f"layer {slot} made its keys in another way than at the attach test")
-            elif self._together:
-                self._states += (originals.detach(), values.detach())
             else:
                 self._write(slot, originals.detach(), values.detach())
         self._layers += 1
         self._width = keys.shape[-2]
         self.calls.clear()
 
-    def _write_together(self) -> None:
+    def _write_together(self, seen: list[tuple[Any, ...]]) -> None:
         """One token in all layers: one gather and one copy instead of two for each layer."""
-        states = torch.cat(self._states).unflatten(0, (len(self._rotations), 2, -1))
-        for row, place, _, _ in self._steps or ():
-            row.write_token(states[:, :, place].squeeze(-2))
+        self._layers, self._width = len(seen), 1
+        states: list[torch.Tensor] = []
+        for number, (slot, keys, values, *calls) in enumerate(seen):
+            originals = self._rotations[number].originals(calls, keys) if slot == number else None
+            if originals is None or originals.dtype != self._dtype or values.dtype != self._dtype:
+                return self.stop(f"layer {slot} made its keys in another way than at the attach test")
+            states += (originals, values)
+        if len(seen) == len(self._rotations):
+            with torch.no_grad():
+                token = torch.cat(states).view(len(seen), 2, -1, *states[0].shape[1:])
+                for row, place, _, _ in self._steps or ():
+                    row.write_token(token[:, :, place].squeeze(-2))
 
     def _write(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._steps is not None
@@ -181,16 +191,16 @@ class Recorder:
 
     def finish(self) -> None:
         """The forward pass is over; its tokens count when every layer was seen."""
-        if self._together and self._layers == len(self._rotations) and self._steps:
-            self._write_together()
+        seen, self.seen = self.seen, None
+        if seen is not None:
+            self._write_together(seen)
         steps, self._steps = self._steps, None
         self.calls.clear()
-        self._states.clear()
         self._total += self._width
         if self._layers != len(self._rotations):
             self.end_all("a forward pass was interrupted")
         elif self._fresh is not None:
-            self._columns = torch.cat((self._columns, self._fresh), dim=1)
+            self._add(self._fresh)
             for row, _, _, ids in steps or ():
                 row.extend(ids)
             for row in self.texts:
@@ -209,8 +219,8 @@ class Recorder:
     def crop(self, tokens: int, unread: bool) -> None:
         """The last ``tokens`` columns were removed."""
         self._total = max(0, self._total - tokens)
-        self._columns = self._columns[:, : self._total]
-        for row, left in zip(self.rows, self._columns.sum(dim=1).tolist(), strict=True):
+        self._known, self._full = self.columns[:, : self._total], None
+        for row, left in zip(self.rows, self._known.sum(dim=1).tolist(), strict=True):
             if left < row.column - len(row.ids):
                 row.end("cropped to before where it begins")
             row.crop(min(len(row.ids), max(0, row.column - left)), unread)
@@ -226,16 +236,42 @@ class Recorder:
             self._steps = []
         self.end_all(reason)
 
+    def leave(self, row: Row, reason: str) -> None:
+        """Record nothing more of one row, and nothing of it in the forward pass that is running."""
+        if self._steps is not None:
+            self._steps = [step for step in self._steps if step.row is not row]
+        row.end(reason)
+
     def discard(self) -> None:
         """Give all private blocks back."""
         for row in (*self.texts, *self.rows):
             row.end("the hit was dropped")
             row.discard()
 
+    # -- which columns hold a token -----------------------------------------------------------------------------------
+
     @property
     def columns(self) -> torch.Tensor:
         """[rows, columns known]: which columns hold a token that was read."""
-        return self._columns
+        if self._more:
+            behind = torch.ones((self._known.shape[0], self._more), dtype=torch.bool)
+            self._known, self._more = torch.cat((self._known, behind), dim=1), 0
+        return self._known
+
+    @property
+    def _past(self) -> int:
+        return self._known.shape[1] + self._more
+
+    def _unpadded(self, row: int) -> bool:
+        if self._full is None:
+            self._full = self._known.all(dim=1).tolist()
+        return self._full[row]
+
+    def _add(self, fresh: torch.Tensor) -> None:
+        if bool(fresh.all()):
+            self._more += fresh.shape[1]
+        else:
+            self._known, self._full = torch.cat((self.columns, fresh), dim=1), None
 
 
 def on_host(value: Any) -> Any:

@@ -47,6 +47,9 @@ def reopen(
                 row.end("the tail of what was saved could not be loaded again")
                 return False
             place = load.places(layer)[block - match.skipped // layout.block_tokens]
+            if place.rotated:
+                row.end("another engine has stored what it goes on from, with keys that are rotated")
+                return False
             keys = at(place.keys, (spec.heads, place.stride, spec.key_dim), dtype, CPU)
             values = at(place.values, (spec.heads, place.stride, spec.value_dim), dtype, CPU)
             row.seed(layer, keys[:, :tokens], values[:, :tokens])

@@ -17,7 +17,7 @@ from kvstore.adapters.transformers.encode import Encoded, encode, encodings
 from kvstore.adapters.transformers.fingerprint import base_model, fingerprint
 from kvstore.adapters.transformers.hit import Hit, Refused, SavedTurn
 from kvstore.adapters.transformers.hook import hook
-from kvstore.adapters.transformers.joined import Joined, empty
+from kvstore.adapters.transformers.joined import Joined
 from kvstore.adapters.transformers.mode import RECOMPUTED, How, Links, compose
 from kvstore.adapters.transformers.pace import Pace
 from kvstore.adapters.transformers.staging import staging_on
@@ -276,9 +276,8 @@ class Reuse:
         return self.store.discover(namespace, self.layout, prompts.rows[0], how.discover)
 
     def _hit(self, asked: Prompts | Composition, tenant: str, how: How, by_columns: bool = False) -> Hit:
-        joined, changed = self._joined, self._changed()
         if isinstance(asked, Composition):
-            return compose(joined, asked, tenant, how, changed)
+            return compose(self._joined, asked, tenant, how, self._changed())
         if how.overflow is not None:
-            return Windowed(joined, how.overflow).hit(asked, tenant, changed)
-        return joined.rows(asked, tenant, by_columns) if changed is None else empty(joined, asked, tenant, changed)
+            return Windowed(self._joined, how.overflow).hit(asked, tenant, self._changed())
+        return self._joined.rows(asked, tenant, by_columns, self._changed)

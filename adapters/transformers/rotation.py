@@ -130,6 +130,22 @@ class Form:
             turn = known.turns[key] = Turn(cos, sin, self.pairing, self.rounded, self.first)
         return turn
 
+    def between(self, stored: int, position: int, tokens: int, keys: torch.Tensor) -> Turn:
+        """From where the model has keys at ``stored`` and after to where it has them at ``position`` and after: tables
+        of ``tokens`` rows, which are not positions but count from the first. For keys like ``keys``.
+
+        They are the quotients of the model's own tables, whose rounding and scale are in keys that are turned already.
+        """
+        turn = self.upto(max(stored, position) + tokens, keys.device)
+        tables = [
+            table[first : first + tokens].double() for first in (stored, position) for table in (turn.cos, turn.sin)
+        ]
+        cos, sin, to_cos, to_sin = tables
+        size, dtype = cos * cos + sin * sin, torch.promote_types(keys.dtype, torch.float32)
+        quotients = (to_cos * cos + to_sin * sin) / size, (to_sin * cos - to_cos * sin) / size
+        cos, sin = (made.to(dtype).contiguous() for made in quotients)
+        return Turn(cos, sin, self.pairing, keys.dtype == dtype, self.first)
+
     def _pairs(self, output: torch.Tensor) -> torch.Tensor:
         angles, width = output[0], output.shape[-1]
         with torch.inference_mode(False):
@@ -166,13 +182,15 @@ class Rotation:
                 continue
             source = get_argument(call.args, call.kwargs, self.key_slot)
             made = call.result if self.key_result is None else call.result[self.key_result]
+            if made is keys and self.part is None and not self.transposed:
+                return source  # type: ignore[no-any-return]
             if self.transposed:
                 source, made = source.transpose(1, 2), made.transpose(1, 2)
             if self.part is not None:
                 first, last = self.part
                 if made.shape[:-1] == keys.shape[:-1] and torch.equal(made, keys[..., first:last]):
                     return torch.cat((keys[..., :first], source, keys[..., last:]), dim=-1)
-            elif made is keys or same_memory(made, keys):
+            elif same_memory(made, keys):
                 return source  # type: ignore[no-any-return]
         return None
 

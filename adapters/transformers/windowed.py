@@ -11,6 +11,7 @@ from kvstore.adapters.transformers.batch import Prompts, lay_out
 from kvstore.adapters.transformers.gather import Gather, Span
 from kvstore.adapters.transformers.hit import Hit
 from kvstore.adapters.transformers.joined import Joined
+from kvstore.adapters.transformers.rotated import cut, writers_of
 from kvstore.adapters.transformers.rotation import Rotation
 from kvstore.adapters.transformers.row import Row, Seat
 from kvstore.adapters.transformers.timeline import LOAD
@@ -96,16 +97,16 @@ class Windowed:
 
         cache = self.cache(tenant, joined.stamp if changed is None else changed)
         stored, miss = self._find(history, namespace) if changed is None else (NONE, Miss("changed", 0, changed))
-        tiers = stored.tiers()
+        tiers, writers = stored.tiers(), writers_of(stored.loads)
         first = row(history[: stored.read], len(history))
         if not self._fill(cache, stored, first):
-            stored, first, tiers = NONE, row([], 0), {}
+            stored, first, tiers, writers = NONE, row([], 0), {}, ()
         recorder = WindowRecorder(history[: stored.read], self._policy, first, row)
         cache.record(recorder)
         if changed is not None:
             recorder.end_all(changed)
         plan = lay_out(prompts, stored.read, [stored.read], joined.attached.specs[0].device)
-        return Hit(cache, stored.read, miss, tiers, plan)
+        return Hit(cache, stored.read, miss, tiers, plan, writers=writers)
 
     def _find(self, history: Sequence[int], namespace: Namespace) -> tuple[Stored, Miss]:
         """The longest part of a history of which all that is kept is stored, and why it ends there."""
@@ -129,6 +130,7 @@ class Windowed:
         """Starts to load a part; up to which token of the chain it can be counted on, and why not further."""
         joined = self._joined
         match = joined.store.match(namespace, joined.layout, tokens, root=root, first=part.first, whole=True)
+        cut(match, turnable=False, goes_on=False)  # what stays is turned from originals whenever something is dropped
         if match.tokens < part.stop:
             match.release()
             return match.tokens, match.miss

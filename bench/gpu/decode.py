@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,10 +34,12 @@ def measure(setting: Setting) -> Iterator[Figure]:
                 slower.append(times[True] / times[False] - 1)
                 plain.append(times[False])
     low, middle, high = statistics.quantiles(slower, n=4)
+    noise = statistics.median(abs(after / before - 1) for before, after in itertools.pairwise(plain))
     yield Figure("decode_step", statistics.median(plain) * 1e3, "ms")
     yield Figure("decode_slowed_by_saves", middle * 100, "%", setting.goal(2.0), at_most=True)
     yield Figure("decode_slowed_low_quarter", low * 100, "%")
     yield Figure("decode_slowed_high_quarter", high * 100, "%")
+    yield Figure("decode_noise", noise * 100, "% between two without saves")
 
 
 def side(setting: Setting, reuse: Reuse, ids: torch.Tensor, saving: bool) -> float:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +22,9 @@ from rich.table import Table
 import kvstore
 from kvstore.bench import logs
 from kvstore.bench.command import run_command
-from kvstore.bench.micro.daemon import PATIENCE
+from kvstore.bench.hosting import daemon
 from kvstore.bench.replay import ordered
-from kvstore.errors import BadInput, Unreachable
+from kvstore.errors import BadInput
 
 HELP = """
 Have workers continue each other's conversations: every turn of LOG goes to another one than the turn before.
@@ -55,7 +53,7 @@ def main(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-workers-")))
-        urls = [_daemon(stack, folder / f"host{number}", host, redis) for number in range(hosts)]
+        urls = [daemon(stack, folder / f"host{number}", host, redis) for number in range(hosts)]
         crew = [_Worker(stack, urls[n % hosts], log, model, tokens) for n in range(workers)]
         for conversation, number in ordered(conversations, interleave=True):
             place = places[id(conversation)]
@@ -69,28 +67,6 @@ def main(
         json_out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     if any(row["differ"] for row in rows):
         raise BadInput("a worker's answer differs from a recompute's")
-
-
-def _daemon(stack: ExitStack, folder: Path, host: str, redis: str | None) -> str:
-    """Starts one, and waits until it listens."""
-    command = [sys.executable, "-m", "kvstore.cli", "serve", "--dir", str(folder), "--host", host, "--disk", "256MiB"]
-    process = subprocess.Popen([*command, *(["--redis", redis] if redis else [])])
-
-    def stop() -> None:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-    stack.callback(stop)
-    pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.1)):
-        try:
-            kvstore.connect(folder).close()
-            return str(folder)
-        except (Unreachable, BadInput):
-            if process.poll() is not None:
-                break
-            pause.wait(0.1)
-    raise Unreachable("the daemon did not start; what it says is above")
 
 
 class _Worker:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,9 +16,11 @@ from kvstore.sizes import size_bytes
 if TYPE_CHECKING:
     from kvstore.daemon.client import Client
     from kvstore.daemon.coroutines import AsyncClient
+    from kvstore.daemon.pinning import Both
 
 SOCKET = "kvstore.sock"  # of the daemon that serves a directory, in it
 MAX_TOKEN = 4096
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def connect(
@@ -25,6 +30,7 @@ def connect(
     token: str | None = None,
     ca: str | os.PathLike[str] | None = None,
     buffer: str | int = "256MiB",
+    device_name: str = "auto",
 ) -> Client:
     """A store that a daemon (``kvstore serve``) holds: ``"unix:/run/kvstore.sock"``, or the daemon's directory.
 
@@ -35,8 +41,14 @@ def connect(
     ``"tls://host:port"`` is a daemon on another machine, which takes nobody without a token. ``ca``: a file (PEM) of
     who certifies it; without one, those whom the system trusts. ``buffer``: memory here for blocks that are loaded or
     saved.
+
+    ``device_name``: memory that is shared with a daemon on this machine is pinned for this device, in a thread, as it
+    comes into use. "auto" is the first CUDA device that torch has memory on in this process, once there is one: it
+    imports no torch, and starts no device up. "cuda" and "cuda:1" do both, now; "cpu" pins nothing. What cannot be
+    pinned is done without, with a line in the log; ``host_pageable_bytes`` in ``stats`` tells how much that is.
     """
     from kvstore.daemon.client import Client
+    from kvstore.daemon.pinning import Pinning
 
     given: object = timeout
     if not isinstance(given, int | float) or not 0 < given < 86400:
@@ -49,7 +61,37 @@ def connect(
     if text.startswith("tls://"):
         return _far(text, timeout, token, ca, buffer)
     place = Path(text.removeprefix("unix:").removeprefix("//")).expanduser().absolute()
-    return Client(place / SOCKET if place.is_dir() else place, timeout, token)
+    return Client(place / SOCKET if place.is_dir() else place, timeout, token, Pinning(_finder(device_name)))
+
+
+def _finder(name: str) -> Callable[[], Both | None]:
+    """Who finds pins for a device. Raises ``BadInput``."""
+    from kvstore.daemon.pinning import nothing
+
+    text: object = name
+    if not isinstance(text, str) or not _DEVICE.fullmatch(text):
+        raise BadInput(f'device_name={text!r} is no device; write "auto", "cuda", "cuda:1" or "cpu"')
+    if name == "auto":
+        return _in_use
+    if name == "cpu":
+        return nothing
+    try:
+        from kvstore.daemon.cuda import pins
+    except ImportError as error:
+        raise BadInput("pinning for a device needs torch; install it, or leave out device_name=") from error
+    found = pins(name)
+    return lambda: found
+
+
+def _in_use() -> Both | None:
+    """For a device that torch has memory on; None: there is none yet."""
+    started = getattr(sys.modules.get("torch.cuda"), "is_initialized", None)
+    if started is None or not started():
+        return None
+    from kvstore.daemon.cuda import occupied, pins
+
+    devices = occupied()
+    return pins(f"cuda:{devices[0]}") if devices else None
 
 
 def _far(url: str, timeout: float, token: str | None, ca: str | os.PathLike[str] | None, buffer: str | int) -> Client:
@@ -75,8 +117,11 @@ async def aconnect(
     token: str | None = None,
     ca: str | os.PathLike[str] | None = None,
     buffer: str | int = "256MiB",
+    device_name: str = "auto",
 ) -> AsyncClient:
     """``connect``, for asyncio: the same verbs, awaited."""
     from kvstore.daemon.coroutines import AsyncClient
 
-    return await AsyncClient.connected(lambda: connect(url, timeout=timeout, token=token, ca=ca, buffer=buffer))
+    return await AsyncClient.connected(
+        lambda: connect(url, timeout=timeout, token=token, ca=ca, buffer=buffer, device_name=device_name)
+    )

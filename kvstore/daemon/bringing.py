@@ -62,6 +62,10 @@ class Room:
         """Where they begin in memory."""
         return self._tier.pointer(address)
 
+    def gauges(self) -> dict[str, int]:
+        """See ``HostTier.gauges``."""
+        return self._tier.gauges()
+
 
 class Brought(Fetch):
     """One block on its way from another machine."""

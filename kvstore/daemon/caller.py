@@ -70,8 +70,13 @@ class Caller:
 
     def call(self, verb: str, *arguments: object) -> Any:
         """The answer. Raises what the daemon raises, or ``Unreachable``."""
+        return self.asked(verb, *arguments)[1]
+
+    def asked(self, verb: str, *arguments: object) -> tuple[Connection, Any]:
+        """The session, and its answer. Raises what the daemon raises, or ``Unreachable``."""
         deadline = self.deadline()
-        return self.connected(deadline).channel.call(verb, *arguments, deadline=deadline)[1]
+        connection = self.connected(deadline)
+        return connection, connection.channel.call(verb, *arguments, deadline=deadline)[1]
 
     def long(self, verb: str, *arguments: object, patience: float) -> Any:
         """``call`` for what may take its time: the answer is an event."""

@@ -20,11 +20,13 @@ from kvstore.daemon.caller import Caller
 from kvstore.daemon.connection import Connection
 from kvstore.daemon.lent import Lending, LentDraft, LentLoad, LentMatch, LentSaved, NotSaved
 from kvstore.daemon.packed import composition_of, pack_namespace, packed_layout, prospect_of
+from kvstore.daemon.pinning import Pinning
 from kvstore.erasure import Receipt
 from kvstore.errors import BadInput, Unreachable
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName, check_seconds
 from kvstore.keys import Namespace, check_names, token_bytes
+from kvstore.kinds import PRE, check_form
 from kvstore.layout import Layout
 from kvstore.load import Load
 from kvstore.match import Match
@@ -44,9 +46,11 @@ FOREVER = 86400.0  # seconds that a wait without a bound is waited for, at most
 class Client(Store):
     """Made by ``kvstore.connect``. ``timeout``: seconds that any call may take to be answered."""
 
-    def __init__(self, path: Path, timeout: float, token: str | None = None) -> None:
-        """Raises ``Unreachable`` when no daemon is there."""
-        self._begin(Caller(str(path), timeout, lambda deadline: Connection(path, deadline, token)), timeout, Lending())
+    def __init__(self, path: Path, timeout: float, token: str | None = None, pinning: Pinning | None = None) -> None:
+        """``pinning`` is closed with the client. Raises ``Unreachable`` when no daemon is there."""
+        pinning = pinning or Pinning()
+        caller = Caller(str(path), timeout, lambda deadline: Connection(path, deadline, token, pinning.add))
+        self._begin(caller, timeout, Lending(pinning))
 
     def _begin(self, caller: Caller, timeout: float, lending: Lending) -> None:
         self._caller, self._timeout, self._lending = caller, timeout, lending
@@ -73,11 +77,10 @@ class Client(Store):
         first: int = 0,
         whole: bool = False,
     ) -> Match:
-        tokens, deadline = token_bytes(token_ids), self._caller.deadline()
+        tokens = token_bytes(token_ids)
         asked = (pack_namespace(namespace), packed_layout(layout), tokens, root, first, whole)
         try:
-            connection = self._caller.connected(deadline)
-            packed = connection.channel.call("match", *asked, deadline=deadline)[1]
+            connection, packed = self._caller.asked("match", *asked)
         except Unreachable as error:
             return LentMatch.missing(layout, str(error))
         return LentMatch.of(connection, layout, tokens, packed)
@@ -161,10 +164,8 @@ class Client(Store):
     # -- writing -------------------------------------------------------------------------------------------------
 
     def drafts(self, layout: Layout, count: int) -> list[Draft]:
-        deadline = self._caller.deadline()
         try:
-            connection = self._caller.connected(deadline)
-            found = connection.channel.call("drafts", packed_layout(layout), count, deadline=deadline)[1]
+            connection, found = self._caller.asked("drafts", packed_layout(layout), count)
         except Unreachable:
             return []
         return self._lending.drafts(connection, layout, found)
@@ -180,18 +181,20 @@ class Client(Store):
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
+        form: str = PRE,
     ) -> Saved:
         tokens, deadline = token_bytes(token_ids), self._caller.deadline()
         if ttl is not None and not ttl > 0:
             raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
         check_names(owner, namespace.tenant, writer)
+        check_form(form, namespace, root)
         check_drafts(layout, drafts, lambda draft: isinstance(draft, LentDraft) and draft.usable(draft.staging))
         try:
             connection = self._caller.connected(deadline)
             addresses, deadline = self._lending.give(connection, drafts, deadline)
             space, shape = pack_namespace(namespace), packed_layout(layout)
             number, _ = connection.channel.call(
-                "save", space, shape, tokens, addresses, root, owner, ttl, writer, deadline=deadline
+                "save", space, shape, tokens, addresses, root, owner, ttl, writer, form, deadline=deadline
             )
         except Unreachable:
             return NotSaved()
@@ -267,8 +270,8 @@ class Client(Store):
         return time.perf_counter() - begin
 
     def stats(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._caller.call("stats")
-        return found
+        connection, found = self._caller.asked("stats")
+        return {**found, "gauges": found["gauges"] | self._lending.gauges(connection)}
 
     def segments(self, limit: int = 100, tenant: str | None = None) -> list[Segment]:
         return [Segment(**fields) for fields in self._caller.call("segments", limit, tenant)]
@@ -291,5 +294,7 @@ class Client(Store):
         return bool(self._caller.instead(False, lambda: self._caller.long("flush", timeout, patience=patience)))
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
-        if self._caller.close() and self._worker is not None:
-            self._worker.close()
+        if self._caller.close():
+            self._lending.close()
+            if self._worker is not None:
+                self._worker.close()

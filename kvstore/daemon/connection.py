@@ -16,17 +16,17 @@ import socket
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvstore.daemon.bell import Bell
 from kvstore.daemon.channel import Channel, Frames, close_all, connected, error_from
 from kvstore.daemon.held import Coming, Ended, Held, Staging, Ticket, progress
-from kvstore.daemon.mapped import Mapped, mapped
+from kvstore.daemon.mapped import Mapped, Mappings, Shared
 from kvstore.daemon.pipe import Pipe
 from kvstore.daemon.wire import VERSION, BadFrame, Kind, pack
-from kvstore.errors import KVStoreError, TierError, Unreachable
+from kvstore.errors import KVStoreError, Unreachable
 from kvstore.hot import Hold
 
 log = logging.getLogger("kvstore")
@@ -39,13 +39,14 @@ STAGING_LATE = 0.05  # seconds between two looks at what a device may still be r
 class Connection:
     """One session. Any thread."""
 
-    def __init__(self, path: Path, deadline: float, token: str | None = None) -> None:
-        """Raises ``Unreachable``."""
-        self._begin(connected(path, deadline), deadline, token, 2)
+    def __init__(self, path: Path, deadline: float, token: str | None, came: Callable[[Shared], None]) -> None:
+        """``came`` is told of arenas that are mapped. Raises ``Unreachable``."""
+        self._begin(connected(path, deadline), deadline, token, 2, Mappings(came))
 
-    def _begin(self, pipe: Pipe, deadline: float, token: str | None, wanted: int) -> None:
+    def _begin(self, pipe: Pipe, deadline: float, token: str | None, wanted: int, mappings: Mappings) -> None:
         """Says hello, to which so many descriptors are an answer."""
-        self.channel, fds = Channel(pipe, self._arrived, self._late), list[int]()
+        self.channel, fds = Channel(pipe, mappings.arrived, self._late), list[int]()
+        self._mappings = mappings
         try:
             said, fds = self.channel.hello(token, deadline, wanted)
             version, self.epoch, self.number, self.tenant, limits = said
@@ -64,7 +65,6 @@ class Connection:
         self.staging = Staging(lambda number: self.arena(True, number), self._abandoned, self._was_filled)
         self._beat = float(limits["ttl"]) / 4
         self._lock = threading.Lock()  # guards the fields below
-        self._arenas: dict[tuple[bool, int], Mapped] = {}
         self._fetches: dict[tuple[int, int], Coming] = {}
         self._early = OrderedDict[tuple[int, int], int]()  # what was heard of fetches before they were known
         self._tickets = OrderedDict[int, Ticket]()
@@ -98,11 +98,7 @@ class Connection:
 
     def arena(self, staging: bool, number: int) -> Mapped:
         """An arena that came with some answer. Raises ``TierError``."""
-        with self._lock:
-            found = self._arenas.get((staging, number))
-        if found is None:
-            raise TierError(f"arena {number} is not here any more")
-        return found
+        return self._mappings.get(staging, number)
 
     def ticket(self, number: int) -> Ticket:
         """Where the event that answers request ``number`` comes to."""
@@ -246,9 +242,7 @@ class Connection:
                 while len(self._tickets) > MAX_TICKETS:
                     self._tickets.popitem(last=False)
         elif what == "retired":
-            staging, number = arguments
-            with self._lock:
-                self._arenas.pop((staging, number), None)
+            self._mappings.retire(*arguments)
 
     def _fail(self) -> None:
         """Nothing more will come: who waits learns it."""
@@ -262,19 +256,6 @@ class Connection:
             fetch.cancel()
         for ticket in tickets:
             ticket.settle(error=Unreachable("the daemon is gone"))
-
-    # -- what comes with answers ---------------------------------------------------------------------------------
-
-    def _arrived(self, arenas: list[list[Any]], fds: list[int]) -> None:
-        for (staging, number, size), fd in zip(arenas, fds, strict=False):
-            try:
-                arena = mapped(fd, size, writable=staging)
-            except TierError as error:
-                log.warning("%s", str(error))
-                continue
-            with self._lock:
-                self._arenas[staging, number] = arena
-        close_all(fds[len(arenas) :])
 
     def _late(self, verb: str, value: Any) -> None:
         """An answer that nobody waits for any more: what it holds is let go."""
@@ -296,5 +277,4 @@ class Connection:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._events.close()
-        with self._lock:  # what loads look into they hold themselves; drafts do not
-            self._arenas = {known: arena for known, arena in self._arenas.items() if known[0]}
+        self._mappings.close()

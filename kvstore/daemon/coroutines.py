@@ -18,6 +18,7 @@ from kvstore.erasure import Receipt
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName
 from kvstore.keys import Namespace
+from kvstore.kinds import PRE
 from kvstore.layout import Layout
 from kvstore.load import Load
 from kvstore.match import Match
@@ -100,9 +101,10 @@ class AsyncClient:
         owner: str = "",
         ttl: float | None = None,
         writer: str = "",
+        form: str = PRE,
     ) -> Saved:
         """See ``Store.save``."""
-        call = partial(self._client.save, root=root, owner=owner, ttl=ttl, writer=writer)
+        call = partial(self._client.save, root=root, owner=owner, ttl=ttl, writer=writer, form=form)
         return await self._run(call, namespace, layout, token_ids, drafts)
 
     async def durable(self, saved: Saved, timeout: float | None = None) -> Durable:

@@ -18,8 +18,9 @@ from kvstore.daemon.channel import Frames
 from kvstore.daemon.client import Client
 from kvstore.daemon.connection import Connection
 from kvstore.daemon.held import Held
-from kvstore.daemon.lent import Given, Lending, LentDraft, LentMatch, taken
-from kvstore.daemon.mapped import Mapped
+from kvstore.daemon.lent import Given, Lending, LentDraft, LentMatch, origin_of, taken
+from kvstore.daemon.mapped import Mapped, Mappings
+from kvstore.daemon.pinning import Pinning
 from kvstore.daemon.pipe import Pipe
 from kvstore.daemon.secured import dialled
 from kvstore.daemon.wire import BadFrame, Kind, pack
@@ -59,7 +60,7 @@ class FarConnection(Connection):
         self.slots: dict[int, int] = {}  # of drafts, by number
         self.bringer = Bringer(self.room, place.timeout, self._ring)
         pipe = dialled(place.host, place.port, place.context, deadline)
-        self._begin(pipe, deadline, place.token, 0)
+        self._begin(pipe, deadline, place.token, 0, Mappings(lambda _: None))
 
     def _second(self, limits: Mapping[str, Any], fds: Sequence[int], deadline: float) -> Pipe:
         self.bringer.beat = float(limits["ttl"]) / 4
@@ -125,11 +126,11 @@ class FarConnection(Connection):
     # -- what clients do -----------------------------------------------------------------------------------------
 
     def bring(self, match: LentMatch, name: int, packed: Sequence[Sequence[Any]]) -> Load:
-        """A load of as many blocks as there is memory for: block, tokens, stride and layers that are there of each."""
+        """A load of as many blocks as there is memory for: block, tokens, stride, form, layers there of each."""
         layout, room = match.layout, self.room
         bringing = Bringing(name, layout, len(packed))
         sources, slots, there = list[Source](), list[int](), list[int]()
-        for number, tokens, _, _, stride, state in packed:
+        for number, tokens, _, _, stride, form, state in packed:
             address = room.reserve(layout.slot_bytes(stride))
             if address is None:
                 break
@@ -139,7 +140,8 @@ class FarConnection(Connection):
             block = Brought(number, resident, room, bringing.runs, origin, pointer)
             bringing.blocks.append(block)
             there.append(_layers(layout, block, state))
-            sources.append(Source(number, tokens, block, block.view, None, pointer))
+            made = origin_of(match, len(sources), form)
+            sources.append(Source(number, tokens, block, block.view, None, pointer, made))
         over_there = Lease(Held(name, len(packed)), self.lease_ended) if name != match.number else match.lease
         lease = Lease(slots, partial(_ended, bringing, room, over_there))
         match.loaded = True
@@ -191,6 +193,9 @@ class Layers:
 class FarLending(Lending):
     """Bytes come and go through the connection."""
 
+    def __init__(self) -> None:
+        super().__init__(Pinning())  # nothing is shared
+
     def load(
         self,
         connection: Connection,
@@ -230,6 +235,11 @@ class FarLending(Lending):
             raise
         connection.leave([number for _, number, _ in given])
         return [(block, number, False) for block, number, _ in given], time.monotonic() + connection.patience
+
+    def gauges(self, connection: Connection) -> dict[str, int]:
+        """Of the client's own memory."""
+        assert isinstance(connection, FarConnection)
+        return connection.room.gauges()
 
 
 class FarClient(Client):

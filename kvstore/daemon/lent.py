@@ -10,14 +10,16 @@ from typing import Any
 from kvstore.daemon.connection import Connection
 from kvstore.daemon.held import Held, Staging, Ticket
 from kvstore.daemon.packed import match_fields
+from kvstore.daemon.pinning import Pinning
 from kvstore.errors import KVStoreError, TierError, Unreachable
 from kvstore.fetch import Fetch
 from kvstore.hot import Hold
 from kvstore.keys import TOKEN_BYTES
+from kvstore.kinds import Origin
 from kvstore.layout import Layout
 from kvstore.lease import Lease
 from kvstore.load import Load, Source
-from kvstore.match import Match, Miss
+from kvstore.match import Match, Miss, without
 from kvstore.residency import Resident
 from kvstore.save import Draft, Saved
 from kvstore.tiers.slab import SLOT_BITS
@@ -36,10 +38,11 @@ class LentMatch(Match):
     @classmethod
     def of(cls, connection: Connection, layout: Layout, tokens: bytes, packed: Any) -> LentMatch:
         """From a daemon's answer."""
-        number, count, skipped, blocks, tiers, miss = match_fields(packed)
+        number, count, skipped, blocks, tiers, miss, lacking, origins = match_fields(packed)
         lease = Lease(Held(number, len(blocks)), connection.lease_ended) if number else Lease((), _nothing)
-        held = tokens[skipped * TOKEN_BYTES : count * TOKEN_BYTES]
-        match = cls(layout, blocks, lease, count, tiers, miss, held, skipped)
+        there = without(tokens, layout.block_tokens * TOKEN_BYTES, lacking)
+        held = there[skipped * TOKEN_BYTES : count * TOKEN_BYTES]
+        match = cls(layout, blocks, lease, count, tiers, miss, held, skipped, lacking, origins)
         match.connection, match.number = connection, number
         return match
 
@@ -79,7 +82,7 @@ class LentLoad(Load):
         sources: list[Source] = []
         try:
             for place, source in enumerate(packed):
-                sources.append(_source(connection, match.layout, name, place, source))
+                sources.append(_source(connection, match, name, place, source))
         except TierError:
             pass  # the arena could not be mapped: the load ends before it
         load = cls(match, sources, connection, Hold(lease, []))
@@ -127,9 +130,14 @@ def _nothing(_: object) -> None:
     """The end of a lease on nothing."""
 
 
-def _source(connection: Connection, layout: Layout, name: int, place: int, packed: Any) -> Source:
-    number, tokens, address, offset, stride, state = packed
-    arena = connection.arena(False, address >> SLOT_BITS)
+def origin_of(match: Match, place: int, form: str) -> Origin:
+    """That of a block of a load, whose form the daemon tells anew: it may be another block by then."""
+    return match.origins[place]._replace(form=form)
+
+
+def _source(connection: Connection, match: Match, name: int, place: int, packed: Any) -> Source:
+    number, tokens, address, offset, stride, form, state = packed
+    arena, layout = connection.arena(False, address >> SLOT_BITS), match.layout
     size = layout.slot_bytes(stride)
     resident = Resident(address, layout, stride, layout.token_payload * tokens, clean=True)
     view = arena.view[offset : offset + size]
@@ -142,7 +150,7 @@ def _source(connection: Connection, layout: Layout, name: int, place: int, packe
         else:
             held.catch_up(ready)
             connection.watch(name, place, held)
-    return Source(number, tokens, held, view, None, arena.base + offset)
+    return Source(number, tokens, held, view, None, arena.base + offset, origin_of(match, place, form))
 
 
 class LentDraft(Draft):
@@ -175,7 +183,11 @@ class LentDraft(Draft):
 
 
 class Lending:
-    """How clients get at bytes: here in memory that they share with the daemon."""
+    """How clients get at bytes: here in memory that they share with the daemon, pinned where there is a device."""
+
+    def __init__(self, pinning: Pinning) -> None:
+        """``pinning`` is closed with this."""
+        self._pinning = pinning
 
     def load(
         self,
@@ -186,10 +198,12 @@ class Lending:
         sums: Callable[[], list[bytes | None]],
     ) -> Load:
         """See ``LentLoad.of``."""
+        self._pinning.look()
         return LentLoad.of(connection, match, name, packed, sums)
 
     def drafts(self, connection: Connection, layout: Layout, found: Sequence[Sequence[int]]) -> list[Draft]:
         """Drafts that the daemon has room for: number, slot and offset of each."""
+        self._pinning.look()
         staging = connection.staging
         for number, address, offset in found:
             staging.places[number] = address >> SLOT_BITS, offset, layout.full_slot_bytes
@@ -198,6 +212,14 @@ class Lending:
     def give(self, connection: Connection, drafts: Mapping[int, Draft], deadline: float) -> tuple[Given, float]:
         """See ``taken``; and when the save must be over. Raises ``Unreachable``."""
         return taken(drafts, connection.staging), deadline
+
+    def gauges(self, connection: Connection) -> dict[str, int]:
+        """How much of the memory here a device copies by itself; see ``Pinning.gauges``."""
+        return self._pinning.gauges()
+
+    def close(self) -> None:
+        """When the session is over."""
+        self._pinning.close()
 
 
 def taken(drafts: Mapping[int, Draft], staging: Staging) -> Given:
@@ -227,6 +249,13 @@ class LentSaved(Saved):
         except Unreachable:
             return 0, 0, 0
         return number, tokens, new
+
+    def settled(self, timeout: float) -> bool:
+        try:
+            self._ticket.wait(timeout)
+        except Unreachable:
+            return False
+        return True
 
     @property
     def tokens(self) -> int:

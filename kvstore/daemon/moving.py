@@ -42,7 +42,7 @@ def cut(session: Session, number: int, blocks: int) -> None:
 
 
 def load(session: Session, number: int) -> Reply:
-    """See ``Store.load``: for each block its tokens, slot, place in the arena, stride, and what is there of it."""
+    """See ``Store.load``: for each block its tokens, slot, place in the arena, stride, form, what is there of it."""
     name, begun = session.begin(number)
     sources, addresses = [], []
     for source in begun.sources:
@@ -54,7 +54,8 @@ def load(session: Session, number: int) -> Reply:
         assert isinstance(resident, Resident)
         addresses.append(resident.address)
         place = session.tenant.host.offset(resident.address)
-        sources.append([source.number, source.tokens, resident.address, place, resident.stride, state])
+        form = source.origin.form
+        sources.append([source.number, source.tokens, resident.address, place, resident.stride, form, state])
     try:
         arenas, fds = session.show(addresses)
     except TierError:
@@ -112,6 +113,7 @@ def save(
     owner: str,
     ttl: float | None,
     writer: str,
+    form: str,
 ) -> object:
     """See ``Store.save``: what is not in memory yet is copied and checked in once; then nobody's drafts are needed."""
     namespace, shape, store = namespace_of(space), layout_of(layout), session.store
@@ -127,7 +129,7 @@ def save(
             if draft is None:
                 break
             copies[block] = draft
-        saved = store.save(namespace, shape, tokens, copies, root=root, owner=owner, ttl=ttl, writer=writer)
+        saved = store.save(namespace, shape, tokens, copies, root=root, owner=owner, ttl=ttl, writer=writer, form=form)
     finally:
         session.area.discard([number for number, _ in drafts.values()])
         for made in copies.values():

@@ -14,6 +14,7 @@ from kvstore.composition import Chain, Composition, Context, Part, Placement, Te
 from kvstore.daemon.wire import few
 from kvstore.errors import BadInput, Corrupt
 from kvstore.keys import Fingerprint, Namespace
+from kvstore.kinds import Origin
 from kvstore.layout import Layout
 from kvstore.match import Match, Miss
 from kvstore.policies.cost import Line
@@ -68,14 +69,21 @@ def pack_match(match: Match, number: int) -> list[object]:
     numbers, counts = array("q", (n for n, _ in match.blocks)), array("I", (used for _, used in match.blocks))
     tiers, miss = bytes(map(TIERS.index, match.tiers)), match.miss
     why = [miss.kind, miss.position, miss.text, miss.field]
-    return [number, match.tokens, match.skipped, numbers.tobytes(), counts.tobytes(), tiers, why]
+    lacking, origins = array("I", match.lacking).tobytes(), dict.fromkeys(match.origins)
+    places = {origin: place for place, origin in enumerate(origins)}
+    of_blocks = array("I", map(places.__getitem__, match.origins)).tobytes()
+    made = [list(map(list, origins)), of_blocks]
+    return [number, match.tokens, match.skipped, numbers.tobytes(), counts.tobytes(), tiers, why, lacking, made]
 
 
-def match_fields(packed: Any) -> tuple[int, int, int, list[tuple[int, int]], list[str], Miss]:
-    """Number, tokens, skipped tokens, blocks, tiers and miss of a packed match."""
-    number, tokens, skipped, numbers, counts, tiers, why = packed
-    blocks = list(zip(_ints("q", numbers), _ints("I", counts), strict=True))
-    return number, tokens, skipped, blocks, [TIERS[tier] for tier in tiers], Miss(*why)
+def match_fields(
+    packed: Any,
+) -> tuple[int, int, int, list[tuple[int, int]], list[str], Miss, array[int], list[Origin]]:
+    """Number, tokens, skipped tokens, blocks, tiers, miss, what is lacking, and origins, of a packed match."""
+    number, tokens, skipped, numbers, counts, tiers, why, lacking, (made, of_blocks) = packed
+    blocks, known = list(zip(_ints("q", numbers), _ints("I", counts), strict=True)), [Origin(*each) for each in made]
+    origins = [known[place] for place in _ints("I", of_blocks)]
+    return number, tokens, skipped, blocks, [TIERS[tier] for tier in tiers], Miss(*why), _ints("I", lacking), origins
 
 
 def _ints(code: str, data: bytes) -> array[int]:

@@ -33,7 +33,7 @@ VERBS: Mapping[str, Verb] = {
     "sums": Verb((int,), moving.sums),
     "drafts": Verb((bytes, int), moving.drafts),
     "put": Verb((int, int, bytes), pieces.put),
-    "save": Verb((bytes, bytes, bytes, list, (bytes, NONE), str, (int, float, NONE), str), moving.save, "save"),
+    "save": Verb((bytes, bytes, bytes, list, (bytes, NONE), str, (int, float, NONE), str, str), moving.save, "save"),
     "wait": Verb((int, (int, float, NONE)), moving.wait, "long"),
     "schedule": Verb((list,), queueing.schedule),
     "prospect": Verb((list, bool), moving.prospect),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvstore.block import Header, decode_header
 from kvstore.errors import Corrupt
 from kvstore.keys import Namespace
+from kvstore.kinds import ROTATED
 from kvstore.layout import Layout
 from kvstore.remote.cutting import Group, cut, parts_of
 from kvstore.tiers.seal import ENVELOPE_BYTES, MOST_PARTS, Envelope
@@ -28,11 +29,13 @@ class RemoteBlock:
         layout = self.header.layout
         return cut(layout.layer_offsets(layout.block_tokens), self.part_bytes)
 
-    def is_of(self, namespace: Namespace, layout: Layout, parent: bytes, tokens: bytes) -> bool:
-        """Whether it is the block behind ``parent`` with these tokens."""
+    def is_of(self, namespace: Namespace, layout: Layout, parent: bytes, tokens: bytes, position: int) -> bool:
+        """Whether it is the block behind ``parent`` with these tokens, which begin at ``position`` of the chain."""
         header = self.header
         one = (header.namespace, header.fingerprint, header.tenant, header.layout, header.parent, header.tokens)
-        return one == (namespace.digest, namespace.fingerprint.digest, namespace.tenant, layout, parent, tokens)
+        stands = header.base == (position if header.form == ROTATED else 0)
+        space = namespace.digest, namespace.fingerprint.digest, namespace.tenant
+        return stands and one == (*space, layout, parent, tokens)
 
 
 def opened(key: bytes, envelope: Envelope) -> RemoteBlock:

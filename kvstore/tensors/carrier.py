@@ -3,8 +3,8 @@
 A block that has a slot on the device is copied into it and stays; a hot one is there already. What finds no slot goes
 through memory of the moment. One stream copies while the other turns, so loading takes as long as the copy.
 
-The host must ask for copies faster than the link makes them, a mebibyte in 20 microseconds: so a layer's copies are
-one work, and what can be known once per load is not asked for again per layer.
+The host must ask for copies faster than the link makes them, a mebibyte in 20 microseconds, and must not hold up the
+engine's thread meanwhile: so a layer's copies are one call, and nothing is done block by block.
 
 One race is worth telling. Memory of the moment belongs to the stream that copies: torch gives it to that stream's next
 copy as soon as nobody refers to it, and knows nothing of the stream that turns. So it is referred to until an event
@@ -17,17 +17,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from kvstore.layout import Layout
-from kvstore.tensors.plain import at
+from kvstore.tensors.copies import copy, copy_to_device
+from kvstore.tensors.runs import Blocks
 from kvstore.tensors.streams import CudaStream, Event, Stream, ThreadStream
 
-CPU = torch.device("cpu")
 COPY_BYTES = 1 << 20  # of one block in one copy, at least: layers that are smaller are copied together
+AHEAD_BYTES = 256 << 20  # that are copied before anybody asks: what the link does while a hit is put together
+PASSING_BYTES = 1 << 30  # of memory of the moment, at most, for one load
 
 Group = tuple[int, int]  # layers, first and last + 1
 
@@ -62,6 +65,13 @@ class Carrier:
                     return torch.empty(shape, dtype=dtype, device=self.device)
             return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def copy(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+        """``copies`` brings so many bytes each from host memory, at ``sources``, to addresses on the device."""
+        stream = self.copies
+        if isinstance(stream, CudaStream):
+            return copy_to_device(targets, sources, sizes, stream.stream.cuda_stream)
+        stream.run(partial(copy, targets, sources, sizes))
+
     def close(self) -> None:
         """Waits for what is under way."""
         self.copies.close()
@@ -76,23 +86,45 @@ class Passing:
     asked: int = 0  # how often somebody was told where it is
     reads: list[Event] = field(default_factory=list)  # from each of whom one follows
 
+    @property
+    def asked_for(self) -> bool:
+        """Whether somebody was told, and all who were have asked for their reading."""
+        return 0 < self.asked == len(self.reads)
+
 
 class Carried:
-    """One load, which must have been asked for with ``device=True``, and its places on the device. Any thread."""
+    """One load, which must have been asked for with ``device=True``, and its places on the device. Any thread.
+
+    What is known of all blocks is in arrays, [blocks], so that a layer costs some calls and no loop over blocks.
+    """
 
     def __init__(self, carrier: Carrier, load: Loading) -> None:
         self._carrier, self._load = carrier, load
         self._layout: Layout = load.layout
         self._groups = groups(self._layout)
         self._group_of = [group for group in self._groups for _ in range(*group)]
-        # Where each block's payload is: that of a hot one on the device, of others in host memory.
-        self._blocks: list[Any] = load.places(0)
-        self._offsets = {block.stride: self._layout.layer_offsets(block.stride) for block in self._blocks}
-        self._sources: list[torch.Tensor] = []  # the payloads in host memory, once they are copied
-        self._lock = threading.RLock()  # guards the fields above and below, and the load
-        self._carried: dict[Group, list[int]] = {}  # where a group's first layer is, block by block
-        self._passing: dict[Group, Passing] = {}
+        places = load.places(0)
+        blocks = Blocks.of(places)
+        self._strides, self._tokens = blocks.strides, blocks.tokens
+        strides, of = np.unique(blocks.strides, return_inverse=True)
+        kinds, layers = strides.tolist(), range(len(self._layout.layers))
+        # Where layers begin in a payload, the end behind the last; how long their keys are: [layers (+ 1), blocks].
+        self._begins = _table([self._layout.layer_offsets(stride) for stride in kinds], of, len(layers) + 1)
+        keys = [[self._layout.key_bytes(layer, stride) for layer in layers] for stride in kinds]
+        self._sizes = _table(keys, of, len(layers))
+        self.hot = hot = np.array([place.hot for place in places], dtype=bool)  # what is on the device already
+        slots = [None if place.hot else place.slot for place in places]
+        # Payloads: in host memory (or on the device, where ``hot``), and on the device but for what passes through.
+        self._payloads = blocks.keys - self._begins[0]
+        given = np.array([0 if slot is None else slot.pointer for slot in slots], dtype=np.int64)
+        self._homes = np.where(hot, self._payloads, given)
+        self._fills = np.array([slot is not None for slot in slots], dtype=bool)
+        self._passes = ~(hot | self._fills)
+        self._lock = threading.RLock()  # guards the fields below, and the load
+        self._carried: dict[Group, np.ndarray] = {}  # where a group's first layer is, block by block
+        self._passing: dict[Group, Passing] = {}  # oldest first
         self._filled: set[Group] = set()  # slots have these layers
+        self._readied: set[Any] = set()  # streams of others that have waited for who had the slots before
         load.ready(carrier.copies)
         load.ready(carrier.turns)
 
@@ -101,26 +133,47 @@ class Carried:
         group = self._group_of[layer]
         return group in self._carried or all(self._load.wait(each, timeout=timeout) for each in range(*group))
 
-    def places(self, layer: int) -> list[Any]:
-        """Where the layer is on the device, block by block (``kvstore.load.Place``), once ``turns`` has come so far.
+    def begin(self) -> None:
+        """Has the first layers copied, as far as they are in memory, before anybody asks for them."""
+        with self._lock:
+            begun, cold = 0, self._passes | self._fills
+            for group in self._groups if cold.any() else ():
+                begun += int((self._begins[group[1]] - self._begins[group[0]])[cold].sum())
+                if begun > AHEAD_BYTES or not self.wait(group[0], timeout=0.0):
+                    return
+                self._carried[group] = self._carry(group)
 
-        Only after ``wait`` has said yes; ``used`` must follow.
+    def places(self, layer: int) -> Blocks:
+        """Where the layer is on the device, once ``turns`` has come so far.
+
+        Only after ``wait`` has said yes; ``used`` must follow. Waits, where too much would pass through at a time.
         """
         group = self._group_of[layer]
+        while True:
+            with self._lock:
+                before = () if group in self._carried else self._in_the_way(group)
+                if not before:
+                    if group not in self._carried:
+                        self._carried[group] = self._carry(group)
+                    if group in self._passing:
+                        self._passing[group].asked += 1
+                    keys = self._carried[group] + (self._begins[layer] - self._begins[group[0]])
+                    return Blocks(keys, keys + self._sizes[layer], self._strides, self._tokens)
+            for read in before:  # without the lock: the engine's thread may want it
+                read.wait()
+
+    def stored(self, layer: int) -> Blocks:
+        """Where the layer is in host memory, or on the device of what is ``hot``, after ``wait`` has said yes."""
+        keys = self._payloads + self._begins[layer]
+        return Blocks(keys, keys + self._sizes[layer], self._strides, self._tokens)
+
+    def ready(self, stream: Stream) -> None:
+        """Before ``stream`` reads what is ``hot``; once is enough for a CUDA stream."""
+        key = stream.stream if isinstance(stream, CudaStream) else None
         with self._lock:
-            if group not in self._carried:
-                self._carried[group] = self._carry(group)
-            if group in self._passing:
-                self._passing[group].asked += 1
-            moves = {
-                stride: (offsets[layer] - offsets[group[0]], self._layout.key_bytes(layer, stride))
-                for stride, offsets in self._offsets.items()
-            }
-            places = []
-            for block, first in zip(self._blocks, self._carried[group], strict=True):
-                move, size = moves[block.stride]
-                places.append(block._make((first + move, first + move + size, *block[2:])))
-            return places
+            if key is None or key not in self._readied:
+                self._load.ready(stream)
+            self._readied.add(key)
 
     def used(self, layer: int, event: Event) -> None:
         """``turns`` has read the layer when it reaches ``event``."""
@@ -129,10 +182,7 @@ class Carried:
             self._load.used(event)
             if group in self._passing:
                 self._passing[group].reads.append(event)
-            for other, passing in list(self._passing.items()):
-                settled = len(passing.reads) == passing.asked and all(read.done() for read in passing.reads)
-                if other != group and settled:
-                    del self._passing[other], self._carried[other]  # who asks again has it copied again
+            self._let_go(group)
 
     def read(self, event: Event) -> None:
         """Another stream has read blocks where they are when it reaches ``event``."""
@@ -147,45 +197,46 @@ class Carried:
             for each in self._passing.values():
                 self._load.keep(each.memory)
 
-    def _carry(self, group: Group) -> list[int]:
-        """Has a group of layers copied, block by block; where its first layer will be of each."""
-        carrier, blocks = self._carrier, self._blocks
-        if not self._sources:
-            self._sources = [
-                at(block.keys, (0 if block.hot else self._offsets[block.stride][-1],), torch.uint8, CPU)
-                for block in blocks
-            ]
-        spans = {stride: (offsets[group[0]], offsets[group[1]]) for stride, offsets in self._offsets.items()}
-        sizes = [
-            spans[block.stride][1] - spans[block.stride][0] if block.slot is None else 0 for block in blocks
-        ]  # in memory of the moment
-        memory = carrier.empty(carrier.copies, (sum(sizes),), torch.uint8)
-        starts = accumulate(sizes, initial=memory.data_ptr())
-        addresses, copies = [], []
-        for block, source, passing, address in zip(blocks, self._sources, memory.split(sizes), starts, strict=False):
-            start, end = spans[block.stride]
-            if block.hot:
-                addresses.append(block.keys + start)
-            elif block.slot is None:
-                addresses.append(address)
-                copies.append((passing, source[start:end]))
-            else:
-                addresses.append(block.slot.pointer + start)
-                if group not in self._filled:
-                    copies.append((block.slot.memory[start:end], source[start:end]))
-        carrier.copies.run(lambda: _copy(copies))
-        event = carrier.copies.record()
-        carrier.turns.wait(event)
-        self._load.used(event)
+    def _carry(self, group: Group) -> np.ndarray:
+        """Has a group of layers copied; where its first layer will be, block by block. Locked."""
+        carrier, begins = self._carrier, self._begins[group[0]]
+        sizes = self._begins[group[1]] - begins
+        passing = np.where(self._passes, sizes, 0)  # in memory of the moment
+        room = int(passing.sum())
+        memory = carrier.empty(carrier.copies, (room,), torch.uint8)
+        addresses = np.where(self._passes, memory.data_ptr() + passing.cumsum() - passing, self._homes + begins)
+        copied = self._passes if group in self._filled else self._passes | self._fills
         self._filled.add(group)
-        if any(sizes):
+        if copied.any():
+            carrier.copy(addresses[copied], (self._payloads + begins)[copied], sizes[copied])
+            event = carrier.copies.record()
+            carrier.turns.wait(event)
+            self._load.used(event)
+        if room:
             self._passing[group] = Passing(memory)
         return addresses
 
+    def _let_go(self, but: Group) -> None:
+        """Of memory of the moment that has been read, all but that of one group: who asks again has it copied again.
+        Locked."""
+        for group, passing in list(self._passing.items()):
+            if group != but and passing.asked_for and all(read.done() for read in passing.reads):
+                del self._passing[group], self._carried[group]
 
-def _copy(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for target, source in copies:
-        target.copy_(source, non_blocking=True)
+    def _in_the_way(self, group: Group) -> Sequence[Event]:
+        """Which reads must be over before a group may pass through. Locked."""
+        self._let_go(group)
+        wanted = int((self._begins[group[1]] - self._begins[group[0]])[self._passes].sum())
+        if wanted and wanted + sum(each.memory.numel() for each in self._passing.values()) > PASSING_BYTES:
+            for passing in self._passing.values():
+                if passing.asked_for:
+                    return tuple(passing.reads)
+        return ()
+
+
+def _table(of_kinds: Sequence[Sequence[int]], kinds: np.ndarray, numbers: int) -> np.ndarray:
+    """[numbers, blocks] from [kinds, numbers], given the kind of each block."""
+    return np.ascontiguousarray(np.array(of_kinds, dtype=np.int64).reshape(-1, numbers)[kinds].T)
 
 
 def groups(layout: Layout) -> list[Group]:

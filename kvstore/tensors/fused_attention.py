@@ -1,7 +1,8 @@
 """Attention of a layer whose keys and values are sums of those of other layers; see ``fusion``.
 
-On the GPU, and on the CPU for few queries, a kernel makes the sums of a tile at a time. Otherwise, and where gradients
-are wanted, the sums of this one layer are made, and torch attends to them.
+For few queries kernels attend to the sources as they are. For many, and where gradients are wanted, the sums of this
+one layer are made, which is little work beside theirs, and torch attends to them; on the GPU only where nothing but
+causality hides anything, because torch's own kernels have no other masks.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvstore.compiled import Compiled
@@ -23,6 +26,7 @@ from kvstore.tensors.geometry import BFLOAT16, FLOAT16, FLOAT32
 
 FEW_ROWS = 64  # query tokens times query heads of a kv head, up to which no sum of the whole context is made on the CPU
 MOST_SOURCES = 4
+MANY_ROWS = 1024  # of the same, from which on one layer's sums are made on the GPU
 WIDEST_ON_GPU = 256  # dims of a head that the GPU's kernel has room for
 TILE_NUMBERS = 1 << 19  # that plain torch widens at a time
 THREAD_BYTES = 4 << 20  # that make it worth to start a thread
@@ -64,7 +68,7 @@ def attend(
         fits = max(keys[0].shape[3], values[0].shape[3]) <= WIDEST_ON_GPU
         on_gpu = (GPU.get() or GPU.wait()) if kernels and fits else None
         if on_gpu is not None:
-            return on_gpu(*asked)
+            return _in_torch(*asked) if torch_attends(queries, keys, values, mask) else on_gpu(*asked)
     if queries.shape[2] * (queries.shape[1] // keys[0].shape[1]) > FEW_ROWS:
         return _whole(*asked)
     if kernels and queries.device.type == "cpu":
@@ -102,6 +106,31 @@ def _check(
         raise BadInput(f"a mask of shape {list(mask.shape)}; {[batch, 1, tokens, context]} is needed")
     if mask is not None and not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise BadInput(f"a mask of {mask.dtype}; bool or floats are needed")
+
+
+def torch_attends(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None) -> bool:
+    """Whether there are so many queries that making the sums for torch's own attention on the GPU pays, and it has one
+    that does not hold all scores."""
+    (_, heads, tokens, dim), kv_heads = queries.shape, keys[0].shape[1]
+    fits = mask is None and queries.itemsize == 2 and dim == values[0].shape[3] and dim % 8 == 0
+    return fits and tokens * (heads // kv_heads) >= MANY_ROWS and tokens <= keys[0].shape[2]
+
+
+def _in_torch(
+    queries: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    fusion: Fusion,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """On the GPU, with this layer's keys and values made in full by a kernel; without gradients and masks."""
+    from kvstore.tensors import fused_gpu
+
+    k, v, tokens = fused_gpu.rebuilt(keys, fusion.keys), fused_gpu.rebuilt(values, fusion.values), queries.shape[2]
+    bias: Any = causal_lower_right(tokens, k.shape[2])
+    made = scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scaling, enable_gqa=True)
+    return made.transpose(1, 2).contiguous()
 
 
 def _whole(
@@ -253,6 +282,9 @@ def _build_gpu() -> Attend:
 
     problem = _noise(torch.bfloat16, "cuda")
     torch.testing.assert_close(fused_gpu.attend(*problem), reference(*problem), atol=0.02, rtol=0.02)
+    _, keys, _, fusion, _, _ = problem
+    if not torch.equal(fused_gpu.rebuilt(keys, fusion.keys), rebuilt(keys, fusion.keys)):
+        raise ValueError("it does not sum as plain torch does")
     return fused_gpu.attend
 
 

@@ -1,102 +1,52 @@
-"""The Triton kernels of ``fused_gpu``: attention over weighted sums of sources, which exist a tile at a time only.
+"""The Triton kernels of ``fused_gpu``: attention over weighted sums of sources, which are never made.
 
-A program has some rows of one kv head, that is query tokens by query heads, heads running faster; so each source is
-read once for all query heads. Addresses, and strides in bytes, are integers. Annotations are Triton's own.
+The weights of keys go into the queries, one product of matrices for each source; those of values into what comes out:
+so tiles of sources go from memory to the tensor cores as they are. A program has some rows of one kv head, that is
+query tokens by query heads, heads running faster; so each source is read once for all query heads. Addresses, and
+strides in bytes, are integers. Annotations are Triton's own.
 """
 
 import triton
 import triton.language as tl
 
+from kvstore.tensors.fused_tiles import dims_of, narrow, product, state_of, tile_of, weights_of
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def _narrow(number: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """float32 numbers, rounded to nearest even."""
-    if _INTERPRETED and KIND == tl.bfloat16:  # its cast cuts off
-        bits = number.to(tl.int32, bitcast=True)
-        number = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return number.to(KIND)
+def _weighted(q: tl.tensor, weights: tl.tuple, source: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+    """Queries for one source, from float32 ones; for a source that is not there, nothing that is used."""
+    return narrow(q * weights[source], KIND)
 
 
 @triton.jit
-def _product(one: tl.tensor, other: tl.tensor, before: tl.tensor) -> tl.tensor:
-    """``before + one @ other`` in float32."""
-    if _INTERPRETED:  # it would take the bits of bfloat16 for integers
-        one, other = one.to(tl.float32), other.to(tl.float32)
-    return tl.dot(one, other, before, input_precision="ieee")
-
-
-@triton.jit
-def _dims(DIM: tl.constexpr) -> tl.tensor:
-    """Channels, as many as products of matrices need."""
-    return tl.arange(0, max(16, triton.next_power_of_2(DIM)))
-
-
-@triton.jit
-def _rows(address: tl.tensor, steps: tl.tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Pointers to the starts of rows, at ``steps`` bytes from an address."""
-    return tl.multiple_of((address + steps).to(tl.pointer_type(KIND)), ALIGNED)
-
-
-@triton.jit
-def _weight(
-    start: tl.tensor, source: tl.constexpr, step: tl.tensor, live: tl.tensor, SOURCES: tl.constexpr
-) -> tl.tensor:
-    """Of one source, [1, dim], ``source`` steps behind pointers; of a source that is not there, nothing."""
-    if source < SOURCES:
-        return tl.load(start + source * step, mask=live, other=0)[None, :]
-    else:
-        return 0.0
-
-
-@triton.jit
-def _weights(
-    address: tl.tensor, head: tl.tensor, heads: tl.tensor, DIM: tl.constexpr, SOURCES: tl.constexpr
-) -> tl.tuple:
-    """Of all sources, four at most, for one kv head. ``address``: of [sources, kv heads, dim] of float32."""
-    dims = _dims(DIM)
-    start, step, live = address.to(tl.pointer_type(tl.float32)) + head * DIM + dims, heads * DIM, dims < DIM
-    one, two = _weight(start, 0, step, live, SOURCES), _weight(start, 1, step, live, SOURCES)
-    return one, two, _weight(start, 2, step, live, SOURCES), _weight(start, 3, step, live, SOURCES)
-
-
-@triton.jit
-def _state(
-    address: tl.tensor,
-    steps: tl.tensor,
-    live: tl.tensor,
-    DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    ALIGNED: tl.constexpr,
-) -> tl.tensor:
-    """Some rows, [rows, dim]: zero where they are not live, and behind their ``DIM`` numbers."""
-    dims = _dims(DIM)
-    rows = _rows(address, steps, KIND, ALIGNED)[:, None] + dims[None, :]
-    return tl.load(rows, mask=live[:, None] & (dims < DIM)[None, :], other=0)
-
-
-@triton.jit
-def _summed(
-    sources: tl.tuple,
-    weights: tl.tuple,
-    steps: tl.tensor,
+def _scores(
+    queries: tl.tuple,
+    keys: tl.tuple,
+    start: tl.tensor,
     live: tl.tensor,
     DIM: tl.constexpr,
     SOURCES: tl.constexpr,
-    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> tl.tensor:
-    """The weighted sum of a tile of each source; rounded once, to their kind."""
-    made = _state(sources[0], steps, live, DIM, KIND, ALIGNED).to(tl.float32) * weights[0]
+    """[rows, columns]: of each source its own queries times a tile of its keys."""
+    KIND: tl.constexpr = queries[0].dtype
+    step = keys[4]
+    scores = tl.zeros([queries[0].shape[0], live.shape[0]], tl.float32)
+    k = tile_of(keys[0] + start * step, step, live, DIM, KIND, ALIGNED, WHOLE)
+    scores = product(queries[0], tl.trans(k), scores)
     if SOURCES > 1:
-        made += _state(sources[1], steps, live, DIM, KIND, ALIGNED).to(tl.float32) * weights[1]
+        k = tile_of(keys[1] + start * step, step, live, DIM, KIND, ALIGNED, WHOLE)
+        scores = product(queries[1], tl.trans(k), scores)
     if SOURCES > 2:
-        made += _state(sources[2], steps, live, DIM, KIND, ALIGNED).to(tl.float32) * weights[2]
+        k = tile_of(keys[2] + start * step, step, live, DIM, KIND, ALIGNED, WHOLE)
+        scores = product(queries[2], tl.trans(k), scores)
     if SOURCES > 3:
-        made += _state(sources[3], steps, live, DIM, KIND, ALIGNED).to(tl.float32) * weights[3]
-    return _narrow(made, KIND)
+        k = tile_of(keys[3] + start * step, step, live, DIM, KIND, ALIGNED, WHOLE)
+        scores = product(queries[3], tl.trans(k), scores)
+    return scores
 
 
 @triton.jit
@@ -124,65 +74,94 @@ def _masked(
 
 
 @triton.jit
-def _span(size: tl.tuple, ROWS: tl.constexpr, MASK: tl.constexpr) -> tl.tuple:
-    """The columns that this program looks at: its split, but for what its last row does not see."""
+def _span(first: tl.tensor, size: tl.tuple, ROWS: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr) -> tl.tuple:
+    """The columns that this program looks at: its split, but for what its last row does not see; up to the second
+    number they are whole tiles that all rows see. ``first``: of its rows."""
     tokens, context, groups, split_tokens = size[0], size[1], size[2], size[3]
     begin = tl.program_id(2) * split_tokens
     end = tl.minimum(context, begin + split_tokens)
+    whole = begin
     if MASK == "causal":
-        past = (tl.program_id(0) * ROWS + ROWS - 1) // groups + 1
-        end = tl.minimum(end, context - tokens + tl.minimum(tokens, past))
-    return begin, end
+        before = context - tokens
+        end = tl.minimum(end, before + tl.minimum(tokens, (first + ROWS - 1) // groups + 1))
+        seen_by_all = tl.minimum(end, before + first // groups + 1)
+        whole = begin + tl.maximum(0, seen_by_all - begin) // TILE * TILE
+    return begin, whole, end
 
 
 @triton.jit
-def _attended(
-    q: tl.tensor,
+def _swept(
+    state: tl.tuple,
+    begin: tl.tensor,
+    end: tl.tensor,
+    queries: tl.tuple,
     keys: tl.tuple,
-    key_weights: tl.tuple,
     values: tl.tuple,
-    value_weights: tl.tuple,
     mask: tl.tuple,
     size: tl.tuple,
-    scale: tl.tensor,
+    token: tl.tensor,
     DIMS: tl.constexpr,
     SOURCES: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASK: tl.constexpr,
     TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> tl.tuple:
-    """What rows find in this program's columns: an average, the highest score, and the sum of weights beside it.
+    """``state`` with what is found in some columns: the highest score, the sum of weights, and of each source of values
+    the weighted sum. ``WHOLE``: these are whole tiles that all rows see.
 
     ``keys`` and ``values``: addresses of this kv head in each source, and the step from token to token. ``mask``: see
     ``_masked``. ``size``: counts of tokens, of columns, of query heads of this kv head, and of columns of a split.
     """
-    ROWS: tl.constexpr = q.shape[0]
-    KIND: tl.constexpr = q.dtype
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)) // size[2]
-    highest = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, _dims(DIMS[1]).shape[0]], tl.float32)
-    begin, end = _span(size, ROWS, MASK)
+    KIND: tl.constexpr = queries[0].dtype
+    highest, total, one, two, three, four = state[0], state[1], state[2], state[3], state[4], state[5]
+    step = values[4]
     for start in range(begin, end, TILE):
         columns = start + tl.arange(0, TILE)
         live = columns < end
-        k = _summed(keys, key_weights, columns * keys[4], live, DIMS[0], SOURCES[0], KIND, ALIGNED)
-        scores = _product(q, tl.trans(k), tl.zeros([ROWS, TILE], tl.float32)) * scale
-        scores = _masked(scores, mask, token, columns, size, MASK)
-        top = tl.maximum(highest, tl.max(scores, 1))
-        base = tl.where(top == -float("inf"), 0.0, top)  # of rows that see nothing yet, to take nothing from
+        scores = _scores(queries, keys, start, live, DIMS[0], SOURCES[0], ALIGNED, WHOLE)
+        if WHOLE:
+            top = tl.maximum(highest, tl.max(scores, 1))
+            base = top
+        else:
+            scores = _masked(scores, mask, token, columns, size, MASK)
+            top = tl.maximum(highest, tl.max(scores, 1))
+            base = tl.where(top == -float("inf"), 0.0, top)  # of rows that see nothing yet, to take nothing from
         seen = tl.exp2(scores - base[:, None])
         fade = tl.exp2(highest - base)
-        v = _summed(values, value_weights, columns * values[4], live, DIMS[1], SOURCES[1], KIND, ALIGNED)
-        out = _product(_narrow(seen, KIND), v, out * fade[:, None])
         total, highest = total * fade + tl.sum(seen, 1), top
-    total = tl.where(total == 0, 1.0, total)  # of rows that saw nothing
-    return out / total[:, None], highest, total
+        seen = narrow(seen, KIND)
+        v = tile_of(values[0] + start * step, step, live, DIMS[1], KIND, ALIGNED, WHOLE)
+        one = product(seen, v, one * fade[:, None])
+        if SOURCES[1] > 1:
+            v = tile_of(values[1] + start * step, step, live, DIMS[1], KIND, ALIGNED, WHOLE)
+            two = product(seen, v, two * fade[:, None])
+        if SOURCES[1] > 2:
+            v = tile_of(values[2] + start * step, step, live, DIMS[1], KIND, ALIGNED, WHOLE)
+            three = product(seen, v, three * fade[:, None])
+        if SOURCES[1] > 3:
+            v = tile_of(values[3] + start * step, step, live, DIMS[1], KIND, ALIGNED, WHOLE)
+            four = product(seen, v, four * fade[:, None])
+    return highest, total, one, two, three, four
+
+
+@triton.jit
+def _summed(state: tl.tuple, weights: tl.tuple, SOURCES: tl.constexpr) -> tl.tensor:
+    """The weighted sum of what was found in the sources of values."""
+    made = state[2] * weights[0]
+    if SOURCES > 1:
+        made += state[3] * weights[1]
+    if SOURCES > 2:
+        made += state[4] * weights[2]
+    if SOURCES > 3:
+        made += state[5] * weights[3]
+    return made
 
 
 @triton.jit
 def _written(
-    found: tl.tuple,
+    out: tl.tensor,
+    weighs: tl.tensor,
     made: tl.tensor,
     sums: tl.tensor,
     place: tl.tensor,
@@ -191,15 +170,15 @@ def _written(
     KIND: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """What ``_attended`` found, to rows ``place``; of a split in float32, with the log2 of all that it weighs."""
-    dims = _dims(DIM)
+    """Rows ``place`` of what was found; of a split in float32, with the log2 of all that it weighs."""
+    dims = dims_of(DIM)
     targets = place[:, None] * DIM + dims[None, :]
     wanted = there[:, None] & (dims < DIM)[None, :]
     if SPLIT:
-        tl.store(made.to(tl.pointer_type(tl.float32)) + targets, found[0], mask=wanted)
-        tl.store(sums.to(tl.pointer_type(tl.float32)) + place, found[1] + tl.log2(found[2]), mask=there)
+        tl.store(made.to(tl.pointer_type(tl.float32)) + targets, out, mask=wanted)
+        tl.store(sums.to(tl.pointer_type(tl.float32)) + place, weighs, mask=there)
     else:
-        tl.store(made.to(tl.pointer_type(KIND)) + targets, _narrow(found[0], KIND), mask=wanted)
+        tl.store(made.to(tl.pointer_type(KIND)) + targets, narrow(out, KIND), mask=wanted)
 
 
 @triton.jit(do_not_specialize=range(30))  # all but the constants: no length of a context is worth seconds of compiling
@@ -245,47 +224,38 @@ def attend(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Programs: tiles of rows, by sequences and kv heads, by splits of the context."""
+    """Programs: tiles of rows, those that see most first, by sequences and kv heads, by splits of the context."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    rows = first + tl.arange(0, ROWS)
     token, own = rows // groups, head * groups + rows % groups
     steps = ((batch * heads * groups + own) * tokens + token) * (KEY_DIM * KIND.primitive_bitwidth // 8)
-    q = _state(queries, steps, token < tokens, KEY_DIM, KIND, ALIGNED)
+    q = state_of(queries, steps, token < tokens, KEY_DIM, KIND, ALIGNED).to(tl.float32) * scale
+    a = weights_of(key_weights, head, heads, KEY_DIM, KEY_SOURCES)
+    qs = _weighted(q, a, 0, KIND), _weighted(q, a, 1, KIND), _weighted(q, a, 2, KIND), _weighted(q, a, 3, KIND)
     key, value = batch * key_batch + head * key_head, batch * value_batch + head * value_head
     keys = k0 + key, k1 + key, k2 + key, k3 + key, key_token
     values = v0 + value, v1 + value, v2 + value, v3 + value, value_token
-    a = _weights(key_weights, head, heads, KEY_DIM, KEY_SOURCES)
-    b = _weights(value_weights, head, heads, VALUE_DIM, VALUE_SOURCES)
     seen, size = (mask + batch * mask_batch, mask_token, mask_column), (tokens, context, groups, split_tokens)
     DIMS: tl.constexpr = (KEY_DIM, VALUE_DIM)
     SOURCES: tl.constexpr = (KEY_SOURCES, VALUE_SOURCES)
-    found = _attended(q, keys, a, values, b, seen, size, scale, DIMS, SOURCES, ALIGNED, MASK, TILE)
-    place = (tl.program_id(2) * batches + batch) * tokens + token
-    _written(found, made, sums, place * (heads * groups) + own, token < tokens, VALUE_DIM, KIND, SPLIT)
-
-
-@triton.jit(do_not_specialize=range(5))
-def combine(
-    parts: tl.int64,
-    sums: tl.int64,
-    made: tl.int64,
-    rows: tl.int64,
-    splits: tl.int32,
-    DIM: tl.constexpr,
-    KIND: tl.constexpr,
-) -> None:
-    """One row of all splits: each part weighs as much as what it saw. ``sums``: log2 of that, [splits, rows]."""
-    row = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, triton.next_power_of_2(DIM))
-    highest, total = -float("inf"), 0.0
-    out = tl.zeros([dims.shape[0]], tl.float32)
-    for split in range(splits):
-        seen = tl.load(sums.to(tl.pointer_type(tl.float32)) + split * rows + row)
-        top = tl.maximum(highest, seen)
-        base = tl.where(top == -float("inf"), 0.0, top)
-        fade, weight = tl.exp2(highest - base), tl.exp2(seen - base)
-        start = parts.to(tl.pointer_type(tl.float32)) + (split * rows + row) * DIM
-        out = out * fade + tl.load(start + dims, mask=dims < DIM, other=0) * weight
-        total, highest = total * fade + weight, top
-    out = out / tl.where(total == 0, 1.0, total)
-    tl.store(made.to(tl.pointer_type(KIND)) + row * DIM + dims, _narrow(out, KIND), mask=dims < DIM)
+    nothing = tl.zeros([ROWS, dims_of(VALUE_DIM).shape[0]], tl.float32)
+    state = (
+        tl.full([ROWS], -float("inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+    )
+    begin, whole, end = _span(first, size, ROWS, MASK, TILE)
+    if MASK == "causal":
+        state = _swept(
+            state, begin, whole, qs, keys, values, seen, size, token, DIMS, SOURCES, ALIGNED, MASK, TILE, True
+        )
+    state = _swept(state, whole, end, qs, keys, values, seen, size, token, DIMS, SOURCES, ALIGNED, MASK, TILE, False)
+    total = tl.where(state[1] == 0, 1.0, state[1])  # of rows that saw nothing
+    b = weights_of(value_weights, head, heads, VALUE_DIM, VALUE_SOURCES)
+    out = _summed(state, b, VALUE_SOURCES) / total[:, None]
+    place = ((tl.program_id(2) * batches + batch) * tokens + token) * (heads * groups) + own
+    _written(out, state[0] + tl.log2(total), made, sums, place, token < tokens, VALUE_DIM, KIND, SPLIT)

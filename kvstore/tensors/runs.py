@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 # Columns of runs, which are an int64 array [n, 7]. One row is one run: tokens of one block that stay together.
@@ -26,18 +27,39 @@ class Target:
     pages: torch.Tensor | None = None
 
 
-def runs_of(places: Sequence[Any], first: int, stop: int, position: int, column: int) -> list[tuple[int, ...]]:
-    """Rows of a run array for tokens ``first`` to ``stop``, of which the first goes to ``position`` and ``column``.
+class Blocks(NamedTuple):
+    """Where the blocks of a load are in one layer, as ``kvstore.load.Place`` has it: arrays of int64, [blocks]."""
 
-    ``places``: where the blocks that hold them are in one layer (``kvstore.load.Place``), those before them included.
+    keys: np.ndarray
+    values: np.ndarray
+    strides: np.ndarray
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, places: Sequence[Any]) -> Blocks:
+        """The same as a list of places."""
+        return cls(*np.array([place[:4] for place in places], dtype=np.int64).reshape(-1, 4).T)
+
+    def within(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which blocks have tokens ``first`` to ``stop`` of the load, and which of their own these are."""
+        ends = self.tokens.cumsum()
+        starts = ends - self.tokens
+        low, high = np.maximum(starts, first) - starts, np.minimum(ends, stop) - starts
+        used = np.flatnonzero(low < high)
+        return used, low[used], high[used]
+
+
+def runs_of(places: Blocks | Sequence[Any], first: int, stop: int, position: int, column: int) -> np.ndarray:
+    """A run array for tokens ``first`` to ``stop``, of which the first goes to ``position`` and ``column``.
+
+    ``places``: where the blocks that hold them are in one layer (or a list of ``kvstore.load.Place``), those before
+    them included.
     """
-    rows: list[tuple[int, ...]] = []
-    token = 0
-    for place in places:
-        low, high = max(0, first - token), min(place.tokens, stop - token)
-        if low < high:
-            done = token + low - first
-            run = (low, high - low, position + done, column + done)
-            rows.append((place.keys, place.values, place.stride, *run))
-        token += place.tokens
-    return rows
+    blocks = places if isinstance(places, Blocks) else Blocks.of(places)
+    used, low, high = blocks.within(first, stop)
+    done = (high - low).cumsum() - (high - low)
+    runs = np.empty((len(used), 7), dtype=np.int64)
+    runs[:, KEYS], runs[:, VALUES], runs[:, STRIDE] = blocks.keys[used], blocks.values[used], blocks.strides[used]
+    runs[:, TOKEN], runs[:, TOKENS] = low, high - low
+    runs[:, POSITION], runs[:, COLUMN] = position + done, column + done
+    return runs

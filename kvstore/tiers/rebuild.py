@@ -122,8 +122,8 @@ def _wrong(read: Read, entry: Entry, tokens: Tokens, slot: memoryview, vault: Va
     if (header.key, header.parent, header.sequence) != (entry.key, entry.parent, entry.sequence):
         raise Corrupt("another block lies in its slot")
     mark = 0 if header.seal is None else header.seal.mark
-    said = entry.layout, entry.stride, entry.namespace, entry.seal
-    if (header.layout, header.stride, header.namespace, mark) != said:
+    said = entry.layout, entry.stride, entry.namespace, entry.form, entry.seal
+    if (header.layout, header.stride, header.namespace, header.form, mark) != said:
         raise Corrupt("the index and the header disagree")
     if tokens(entry.sequence) != header.indexed_tokens:
         return "the index has other token ids than the header"

@@ -1,0 +1,54 @@
+"""What cannot be served: a start that stops with one sentence, or an engine that runs as if there were no store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from inside import begin, running
+from serving import transfer
+
+pytest_plugins = ["small_models"]
+pytestmark = [pytest.mark.timeout(600)]
+ONLY = "only models whose layers all have full attention are served, and this one has"
+
+
+def ended(model: Path, log: Path, config: dict[str, Any], **options: Any) -> str:
+    """What an engine that must not start says last."""
+    engine = begin(model, log, config, **options)
+    for pipe in (engine.process.stdin, engine.process.stdout):
+        assert pipe is not None
+        pipe.close()
+    assert engine.process.wait(200) != 0
+    return log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ({"dri": "cache"}, "'dri' in kv_connector_extra_config is not known; did you mean 'dir'?"),
+        ({"host": "4 lots"}, "4 lots"),
+        ({"socket": "unix:/nowhere/kvstore.sock"}, "/nowhere/kvstore.sock"),
+    ],
+)
+def test_a_bad_configuration_stops_the_start(llama: Path, tmp_path: Path, extra: dict[str, Any], sentence: str) -> None:
+    said = ended(llama, tmp_path / "log", transfer(**extra))
+    assert sentence in next(line for line in reversed(said.splitlines()) if line.startswith("kvstore.errors."))
+
+
+@pytest.mark.parametrize("kind", ["sliding", "hybrid"])
+def test_an_unsupported_model_obeys_required(tmp_path: Path, kind: str) -> None:
+    model = getattr(models, kind)(tmp_path / "model")
+    config = transfer(dir=str(tmp_path / "cache"), host="64MiB")
+    said = ended(model, tmp_path / "refused.log", config)
+    assert ONLY in next(line for line in reversed(said.splitlines()) if line.startswith("kvstore.errors."))
+    config = transfer(dir=str(tmp_path / "cache"), host="64MiB", required=False)
+    ids, log = models.prompt(4, 700), tmp_path / "without.log"
+    with running(model, log, config) as engine:
+        first = engine.one(ids)
+        engine.forget()
+        again = engine.one(ids)
+        assert first.tokens == again.tokens and again.cached == 0
+    assert f"nothing is stored or reused: {ONLY}" in log.read_text()
