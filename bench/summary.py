@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 
 from kvstore.adapters.transformers import Reuse
+from kvstore.bench.environment import environment
 from kvstore.bench.replay import Replay, Row
-
-LIBRARIES = ("kvstore-llm", "torch", "transformers", "lmdb", "xxhash", "msgpack", "numpy")
 
 
 def summarize(replay: Replay, log: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -114,15 +109,3 @@ def spread(seconds: Iterable[float]) -> dict[str, float]:
         return {"p50": 0.0, "p90": 0.0, "p99": 0.0, "mean": 0.0, "total": 0.0}
     p50, p90, p99 = (float(one) for one in np.percentile(listed, (50, 90, 99)))
     return {"p50": p50, "p90": p90, "p99": p99, "mean": float(listed.mean()), "total": float(listed.sum())}
-
-
-def environment() -> dict[str, Any]:
-    """Where it was measured."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores,
-        "torch_threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }

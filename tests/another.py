@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hf_models import FAMILIES
 from hf_runs import BLOCK
 from transformers import DynamicCache
 
@@ -14,6 +15,10 @@ from kvstore.adapters.transformers.buffers import view
 from kvstore.save import Saved
 
 ENGINE = "another/1"
+UNKNOWN = "deepseek_v3"  # no kernel turns its keys
+KNOWN = [family for family in FAMILIES if family != UNKNOWN]
+WHOLE, TAIL = 3 * BLOCK, 7  # tokens of prompts: blocks, and part of one
+NEW = 20  # tokens that are said
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,3 +64,25 @@ def forms(reuse: Reuse, ids: torch.Tensor) -> list[str]:
     match = reuse.match(ids)
     match.release()
     return [origin.form for origin in match.origins]
+
+
+def memory_of(model: Any, ids: torch.Tensor) -> DynamicCache:
+    """The model's own cache, after it has read a prompt."""
+    memory = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=memory, use_cache=True)
+    return memory
+
+
+def held(hit: Any, slot: int) -> Pair:
+    """Keys and values of a hit that was not read yet, as its block has them."""
+    layer = hit.cache.layers[hit.cache.owner().plan.stored[slot]]
+    return layer.keys, layer.values
+
+
+def same_as(hit: Any, states: list[Pair]) -> None:
+    """A hit's cache holds these bits."""
+    hit.cache.fetch()
+    for slot, pair in enumerate(states):
+        for mine, wanted in zip(held(hit, slot), pair, strict=True):
+            assert torch.equal(mine, wanted[:, :, : mine.shape[2]]), slot

@@ -84,7 +84,7 @@ BROAD_EXCEPT = {
     "adapters.transformers.ahead:_run",
     "adapters.transformers.loaded:_tried",
     "adapters.transformers.request:hear",
-    "adapters.vllm.worker:_run",
+    "adapters.vllm.thread:_run",
     "daemon.server:_run",
     "mover:_work",
     "mover:_run",

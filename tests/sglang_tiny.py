@@ -36,9 +36,11 @@ class FlatPool:
 
     page_size = PAGE
 
-    def __init__(self, layout: str = "layer_first", dtype: Any = torch.bfloat16, width: int = WIDTH) -> None:
+    def __init__(
+        self, layout: str = "layer_first", dtype: Any = torch.bfloat16, width: int = WIDTH, count: int = PAGES
+    ) -> None:
         self.layout, self.dtype, self.kv_cache_dim, self.layer_num = layout, dtype, width, LAYERS
-        shape = (LAYERS, PAGES * PAGE, width) if layout == "layer_first" else (PAGES * PAGE, LAYERS, width)
+        shape = (LAYERS, count * PAGE, width) if layout == "layer_first" else (count * PAGE, LAYERS, width)
         self.buffer = torch.zeros(shape, dtype=dtype)
 
     def _page(self, index: int) -> Any:

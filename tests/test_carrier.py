@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from blocks import WIDE, found, ids, save
@@ -54,7 +55,8 @@ def streams() -> Iterator[Carrier]:
 
 @pytest.fixture(params=[None, "1MiB"], ids=["no tier", "a tier"])
 def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    monkeypatch.setattr(carrier, "COPY_BYTES", 1)  # every layer by itself
+    for limit in ("COPY_BYTES", "FIRST_BYTES", "MOST_BYTES"):
+        monkeypatch.setattr(carrier, limit, 1)  # every layer by itself
     with kvstore.open(host="8MiB", device=request.param, device_name="cpu") as store:
         save(store, TOKENS, layout=WIDE).wait()
         yield asked(store)
@@ -158,3 +160,49 @@ def test_memory_of_the_moment_goes_once_it_is_read(load: Load, streams: Carrier)
     assert any(len(memory) > 1 for memory in SPOILT) == any(passing)
     carried.over(len(TOKENS))
     load.release()
+
+
+def test_what_is_begun_before_anybody_asks_is_copied_once(load: Load, streams: Carrier) -> None:
+    copied: list[int] = []
+    ask = streams.copy
+
+    def noted(targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+        copied.append(int(sizes.sum()))
+        ask(targets, sources, sizes)
+
+    streams.copy = noted  # type: ignore[method-assign]
+    carried = Carried(streams, load)
+    carried.begin()
+    assert sum(copied) == sum(load.layout.payload_bytes(source.stride) for source in load.sources)
+    for layer in LAYERS:
+        places = carried.places(layer)
+        rest(streams)
+        assert differing(load, layer, places) == []
+        carried.used(layer, streams.turns.record())
+    assert len(copied) == len(LAYERS)
+    carried.over(len(TOKENS))
+    load.release()
+
+
+def test_little_passes_through_at_a_time(load: Load, streams: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants more waits until what was there first has been read; what nobody has been told of does not count."""
+    monkeypatch.setattr(carrier, "PASSING_BYTES", 1)
+    passing = any(place.slot is None for place in load.places(0))
+    carried, gate = Carried(streams, load), threading.Event()
+    carried.places(0)
+    streams.turns.run(lambda: none(gate.wait(PATIENCE)))
+    assert carried.free(1)  # who was told of layer 0 has not asked for its reading: waiting for that could be for ever
+    carried.used(0, streams.turns.record())
+    assert carried.free(0) and carried.free(1) != passing
+    waiting = threading.Thread(target=carried.places, args=(1,))
+    waiting.start()
+    gate.set()
+    waiting.join()
+    rest(streams)
+    assert differing(load, 1, carried.places(1)) == []
+    carried.over(len(TOKENS))
+    load.release()
+
+
+def none(*_: object) -> None:
+    """What work gives back."""

@@ -21,6 +21,7 @@ import kvstore
 from kvstore.daemon.arenas import create
 from kvstore.daemon.packed import pack_match
 from kvstore.daemon.wire import HEADER, MAX_ANSWER, VERSION, Kind, head_of, unpack
+from kvstore.kinds import Origin
 from kvstore.lease import Lease
 from kvstore.match import Match, Miss
 from kvstore.tiers.slab import SLOT_BITS
@@ -178,7 +179,8 @@ def test_answers_to_what_nobody_asked_are_passed_over() -> None:
 
 def matches(fake: Fake, sock: socket.socket, number: int, arguments: list[object]) -> None:
     lease = Lease((), lambda _: None)
-    match = Match(SMALL, [(1, 16), (2, 16)], lease, 32, ["host", "host"], Miss("complete", 32, ""), b"")
+    blocks, tiers, origins = [(1, 16), (2, 16)], ["host", "host"], [Origin(), Origin()]
+    match = Match(SMALL, blocks, lease, 32, tiers, Miss("complete", 32, ""), b"", origins=origins)
     sock.sendall(framed([pack_match(match, 7), []], number, Kind.ANSWER))
 
 
@@ -189,7 +191,7 @@ def test_memory_that_is_not_as_it_should_be_ends_the_load(sent: str) -> None:
     arena = 1 << SLOT_BITS
 
     def loads(fake: Fake, sock: socket.socket, number: int, arguments: list[object]) -> None:
-        sources = [[block, 16, arena + block, (block - 1) * size, 16, None] for block in (1, 2)]
+        sources = [[block, 16, arena + block, (block - 1) * size, 16, "pre", None] for block in (1, 2)]
         said = framed([[7, sources], [[False, 1, 2 * size]]], number, Kind.ANSWER)
         fds = memory(sent, 2 * size)
         socket.send_fds(sock, [said], fds) if fds else sock.sendall(said)

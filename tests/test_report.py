@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Span, Timeline
+from kvstore.bench.environment import environment
 from kvstore.bench import plots, report, summary
 from kvstore.bench.replay import Row
 from kvstore.bench.timeline import MOST_ROWS, Bar, Timed, lanes, overlap, packed
@@ -66,7 +67,7 @@ def result(measured: list[Row], **changed: Any) -> dict[str, Any]:
         "bytes_by_tier": {"host": 7 << 20, "disk": 9 << 20},
         "bytes_held_by_tier": {"host": 5 << 20, "disk": 1 << 30},
         "counters": {"saved_tokens": 5},
-        "environment": summary.environment(),
+        "environment": environment(),
         "timeline": None,
         "discovery": None,
         "rows": [vars(row) for row in measured],

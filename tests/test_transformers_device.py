@@ -106,6 +106,11 @@ def test_a_hit_that_is_dropped_half_way_leaves_nothing_behind(store: LocalStore,
 def test_small_layers_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = kvstore.Layout.uniform(layers=7, heads=2, dim=64, dtype="bfloat16", block_tokens=256)  # 128 KiB a layer
     monkeypatch.setattr(carrier, "COPY_BYTES", 256 << 10)
+    monkeypatch.setattr(carrier, "FIRST_BYTES", 1)
     assert groups(layout) == [(0, 2), (2, 4), (4, 6), (6, 7)]
     monkeypatch.setattr(carrier, "COPY_BYTES", 1)
     assert groups(layout) == [(layer, layer + 1) for layer in range(7)]
+    monkeypatch.setattr(carrier, "FIRST_BYTES", 1 << 20)  # of eight blocks: one layer, two layers, no more
+    monkeypatch.setattr(carrier, "MOST_BYTES", 2 << 20)
+    assert groups(layout, 8) == [(0, 1), (1, 3), (3, 5), (5, 7)]
+    assert groups(layout, 1) == [(0, 7)]

@@ -106,7 +106,7 @@ class Gather:
         self._device = device if carrier is None else carrier.device
         self._carried = [None if load is None or carrier is None else Carried(carrier, load) for load in loads]
 
-    def begin(self) -> None:
+    def begin(self) -> Gather:
         """Has the device's first layers copied, as far as they are in memory, before anybody asks for them."""
         for carried in self._carried:
             if carried is not None:
@@ -114,6 +114,16 @@ class Gather:
                     carried.begin()
                 except RuntimeError as error:  # no memory: whoever asks for the layers tries again, and hears of it
                     log.debug("copies could not be begun: %s", error)
+        return self
+
+    @property
+    def asks_only(self) -> bool:
+        """Whether ``layer`` asks a device for its work and waits for none of it."""
+        return self._carrier is not None and not any(load is not None and load.lent for load in self.loads)
+
+    def free(self, layer: int) -> bool:
+        """Whether a layer can be asked of the device now: all of it is in memory, and there is room to bring it."""
+        return self.wait(layer, 0.0) and all(each is None or each.free(layer) for each in self._carried)
 
     def wait(self, layer: int, timeout: float) -> bool:
         """Whether this layer of every row is in memory and checked, at the latest after ``timeout`` seconds."""
@@ -145,7 +155,7 @@ class Gather:
             self._write(layer, places, parts, size, (keys, values))
             return Brought(keys, values)
         turns = self._carrier.turns
-        keys, values = (self._carrier.empty(turns, shape, self.dtype) for shape in shapes)
+        keys, values = self._carrier.two(shapes, self.dtype)
         turns.run(lambda: self._write(layer, places, parts, size, (keys, values)))
         event = turns.record()
         for part in parts:
@@ -179,6 +189,18 @@ class Gather:
         """Whether the keys of these tokens of a load are stored before rotation, all of them."""
         ends = [(max(first, each.first), min(first + tokens, each.stop)) for each in self._rotated[source]]
         return not any(low < high for low, high in ends)
+
+    def whole(self, source: int, first: int, tokens: int) -> torch.Tensor | None:
+        """``originals`` of all layers at once, as bytes: the payload of the block that they are the first tokens of.
+        None where they are no such thing, or not in memory yet, or no device is to read them."""
+        carried = self._carried[source]
+        found = None if carried is None else carried.block(first, first + tokens)
+        if carried is None or found is None:
+            return None
+        address, size, hot = found
+        if hot:
+            carried.ready(current(self._device))
+        return at(address, (size,), torch.uint8, self._device if hot else self._source)
 
     def read(self, source: int) -> None:
         """The memory stays until the engine's stream, which the host may be far ahead of, has come so far."""

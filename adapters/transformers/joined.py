@@ -188,8 +188,7 @@ class Joined:
         """What brings loads, and has begun: a hit is put together while the first layers are on their way."""
         at = self.attached
         gather = Gather(loads, spans, columns, at.specs, at.rotations, at.dtype, self.carrier)
-        gather.begin()
-        return gather
+        return gather.begin()
 
     def _cache(
         self,
@@ -203,6 +202,7 @@ class Joined:
     ) -> ReuseCache:
         attached, specs, columns = self.attached, self.attached.specs, gather.columns
         new = int(plan.ids.shape[1]) - columns
+        computed = new or len(scattered.columns if scattered else ())
         loaded = Loaded(
             gather,
             new,
@@ -210,7 +210,7 @@ class Joined:
             recorder,
             nested_prefill(self.decoder, self.config, plan, columns, specs),
             self.patience if choice is None else choice.patience,
-            worker_for(self.store, new or len(scattered.columns if scattered else ()), self.carrier is not None),
+            None if gather.asks_only else worker_for(self.store, computed, self.carrier is not None),
             self.pace,
             whole=scattered is not None,
             choice=choice,

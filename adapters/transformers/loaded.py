@@ -15,12 +15,14 @@ from kvstore.adapters.transformers.choice import Choice
 from kvstore.adapters.transformers.gather import Brought, Gather
 from kvstore.adapters.transformers.pace import Pace, Work
 from kvstore.adapters.transformers.recorder import Recorder
-from kvstore.adapters.transformers.row import Copy
+from kvstore.adapters.transformers.seeding import Seeding
 from kvstore.adapters.transformers.stopwatch import Stopwatch, stopwatch
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Timeline
 from kvstore.tensors.streams import current
 
 log = logging.getLogger("kvstore")
+
+ASKED = 2  # layers, at most, that a device is asked for when the model takes one
 
 
 class Aim(NamedTuple):
@@ -82,6 +84,9 @@ class Loaded:
         self._computing: tuple[int, float] | None = None  # the layer that the model works on, and since when
         self._new = (0, 0)  # sequences and columns that the model computes
         self._ahead: Ahead | None = None
+        self._made: dict[int, Made] = {}  # layers that were asked of a device before the model wanted them
+        self._next = 0  # the one that is asked for next
+        self._seeding = Seeding(gather, recorder, len(specs))
         if worker is not None and self.columns:
             depth = self._pace.depth(self.columns, room, len(specs))
             self._ahead = Ahead(self._bring, len(specs), depth, worker)
@@ -95,7 +100,7 @@ class Loaded:
         if self._deadline is None:
             self._deadline = time.perf_counter() + self._patience
         aim = self._aim = Aim(tuple(places), columns, room if self._specs[layer].window is None else self._aim.room)
-        made = None if self._ahead is None else self._ahead.take(layer)
+        made = self._made.pop(layer, None) if self._ahead is None else self._ahead.take(layer)
         if made is not None and self._instead is None and made.aim._replace(room=aim.room) == aim <= made.aim:
             self.brought_ahead += 1
         else:
@@ -103,7 +108,9 @@ class Loaded:
         self._loading += made.seconds
         self._copying += made.copying
         self._copied += self._bytes(layer, aim)
-        self._seed(layer)
+        self._ask_ahead(layer)
+        if self._instead is None:
+            self._seeding.bring(layer)
         self._untaken -= 1
         if not self._untaken:
             self._note_fetches()
@@ -117,6 +124,7 @@ class Loaded:
     def release(self) -> None:
         """End the leases; what was taken is the model's."""
         self._instead = None
+        self._made.clear()
         if self._ahead is not None:
             self._ahead.close(self._gather.release)
         else:
@@ -172,6 +180,19 @@ class Loaded:
             self._deadline_ahead = time.perf_counter() + self._patience
         return self._stored(layer, self._aim, self._deadline or self._deadline_ahead)
 
+    def _ask_ahead(self, layer: int) -> None:
+        """A device is asked for layers before the model wants them, as far as it has room: by the model's own thread,
+        because asking is quick, and two threads of Python would only wait for each other."""
+        self._next = max(self._next, layer + 1)
+        for _ in range(ASKED if self._gather.asks_only and self._ahead is None and self._instead is None else 0):
+            if self._next >= len(self._specs) or not self._gather.free(self._next):
+                return
+            made = self._tried(self._next, self._aim)
+            if made is None:
+                return
+            self._made[self._next] = made
+            self._next += 1
+
     def _now(self, layer: int, aim: Aim) -> Made:
         """A layer as it is wanted, out of the store or, where that fails, out of the model itself."""
         if self._instead is None:
@@ -216,29 +237,6 @@ class Loaded:
 
     def _room(self, layer: int, aim: Aim) -> int:
         return aim.room if self._specs[layer].window is None else 0
-
-    def _seed(self, layer: int) -> None:
-        """The block that new tokens go into begins with stored ones: the recorder wants their originals."""
-        if self._instead is not None:
-            return
-        for row in (*self.recorder.texts, *self.recorder.rows):
-            tokens = row.tail()[1]
-            tail = Copy(row.seat.source, row.base - tokens - row.seat.skipped, 0, tokens)
-            if not all(
-                self._gather.has_originals(copy.source, copy.first, copy.tokens) for copy in (*row.copies, tail)
-            ):
-                self.recorder.leave(row, "it goes on in a block whose keys another engine has stored rotated")
-                continue
-            for copy in row.copies if row.ended is None else ():
-                at = copy.at
-                for keys, values in self._gather.originals(layer, copy.source, copy.first, copy.tokens):
-                    row.write(layer, keys, values, at=at)
-                    at += keys.shape[1]
-                self._gather.read(copy.source)
-            if tokens and row.wants_seed:
-                for originals in self._gather.originals(layer, tail.source, tail.first, tokens):
-                    row.seed(layer, *originals)  # they are all in one block
-                self._gather.read(tail.source)
 
     def _bytes(self, layer: int, aim: Aim) -> int:
         """What is brought of a layer for the model."""

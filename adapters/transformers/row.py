@@ -144,6 +144,20 @@ class Row:
         if block is not None:
             block.seed(layer, keys, values)
 
+    @property
+    def staged(self) -> bool:
+        """Whether the block that begins with ``tail`` is being written on a device."""
+        block = self._blocks.get(self.tail()[0])
+        return isinstance(block, StagedBlock) and block.open
+
+    def seed_whole(self, payload: torch.Tensor) -> bool:
+        """As ``seed``, in all layers, with the bytes of the full block that is stored; False: no longer ``staged``."""
+        block = self._blocks.get(self.tail()[0])
+        if not (isinstance(block, StagedBlock) and block.open):
+            return False
+        block.seed_whole(payload)
+        return True
+
     def crop(self, tokens: int, unread: bool) -> None:
         """Forget the last ``tokens``. ``unread``: the stored part has not been read yet, so a seed is still to come."""
         if not tokens:

@@ -221,6 +221,12 @@ class StagedBlock(Block):
         self.keys[layer].narrow(1, 0, keys.shape[1]).copy_(keys, non_blocking=True)
         self.values[layer].narrow(1, 0, values.shape[1]).copy_(values, non_blocking=True)
 
+    def seed_whole(self, payload: torch.Tensor) -> None:
+        """Begin with the bytes of a full block, of which some will be written over. They must stay until the engine's
+        stream has read them."""
+        assert self._buffer is not None
+        self._buffer.view(torch.uint8).copy_(payload, non_blocking=True)
+
     def seal(self) -> None:
         """See ``Block``."""
         if self._buffer is not None:

@@ -28,7 +28,7 @@ SOURCES = {"device": CacheHitSource.DEVICE, "host": CacheHitSource.HOST, "disk":
 SOURCES |= {"remote": CacheHitSource.EXTERNAL_UNSPECIFIED}
 
 
-class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     """Made by vLLM, once for its scheduler and once for each worker. Raises ``BadInput`` for a bad configuration."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -75,8 +75,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._closed:
             return
         self._closed = True
-        if self._worker is not None:
-            self._worker.close()
+        for half in (self._worker, self._scheduler):
+            if half is not None:
+                half.close()
         close_store(self._engine)
 
     # -- the worker's half --------------------------------------------------------------------------------------------

@@ -85,7 +85,9 @@ class Loading:
                 bringing.release()
 
     def _open(self, part: Part) -> Bringing | None:
-        """A load of what holds a part; None when some of it is gone."""
+        """A load of what holds a part; None when some of it is gone, or it is too late."""
+        if time.monotonic() >= self._deadline:
+            return None
         model, sharded = self._model, self.load.sharded
         layout = model.shard if sharded else model.layout
         namespace = model.namespace(self.load.scope, self._rank if sharded else None)

@@ -2,97 +2,178 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
 from kvstore.adapters.vllm.model import Model
-from kvstore.adapters.vllm.request import Tracked
-from kvstore.adapters.vllm.step import Part
+from kvstore.adapters.vllm.step import Part, Scope
+from kvstore.adapters.vllm.thread import Worker
 from kvstore.keys import TOKEN_BYTES
 from kvstore.match import Match
 from kvstore.store import Store
 
+if TYPE_CHECKING:
+    from kvstore.adapters.vllm.request import Tracked
+
+
+PATIENCE = 0.02  # seconds that the engine's thread waits for an answer, before it goes on with other requests
+
+
+class Found(NamedTuple):
+    """What is stored of a prompt. ``matches`` hold ``parts``, those of a prefix or of segments."""
+
+    prefix: int = 0  # leading tokens that are stored as this very prompt's
+    tokens: int = 0  # leading tokens that can be had
+    parts: tuple[Part, ...] = ()
+    matches: tuple[Match, ...] = ()
+    sharded: bool = False
+    approximate: bool = False
+
+    def release(self) -> None:
+        """Ends the leases."""
+        for match in self.matches:
+            match.release()
+
+
+class Question:
+    """A look-up that the look-up thread answers. ``_lock`` guards what both threads see."""
+
+    def __init__(self, ask: Callable[[], Found], computed: int, deadline: float) -> None:
+        self.computed, self.deadline = computed, deadline
+        self._ask, self._there = ask, threading.Event()
+        self._lock = threading.Lock()
+        self._found = Found()
+        self._dropped = False
+
+    def run(self) -> None:
+        """Answers it, if anybody still wants to know; in the look-up thread."""
+        with self._lock:
+            wanted = not self._dropped and time.monotonic() < self.deadline
+        if not wanted:
+            return
+        found = self._ask()
+        with self._lock:
+            wanted, self._found = not self._dropped, found
+        if not wanted:
+            found.release()
+        self._there.set()
+
+    def answer(self, patience: float) -> Found | None:
+        """What was found; None if that is not known yet."""
+        return self._found if self._there.wait(patience) else None
+
+    def drop(self) -> None:
+        """Nothing of it is wanted any more; what was found is known still, as far as it needs no lease."""
+        with self._lock:
+            self._dropped = True
+            self._found.release()
+            self._found = Found(self._found.prefix)
+
 
 class Lookup:
-    """Looks prompts up in one store. Belongs to the scheduler's thread."""
+    """Looks prompts up in one store, in a thread: a daemon that is stuck stops no request. Belongs to the scheduler."""
 
-    def __init__(self, model: Model, store: Store) -> None:
-        self._model, self._store = model, store
+    def __init__(self, model: Model, store: Store, timeout: float) -> None:
+        self._model, self._store, self._timeout = model, store, timeout
+        self._thread = Worker("kvstore-vllm-look-up")
 
-    def find(self, tracked: Tracked, computed: int) -> int:
-        """How many leading tokens can be had. Leases hold those behind ``computed`` until the request lets go.
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.close(self._timeout)
 
-        May be asked again for a request that has to wait; nothing is looked up twice."""
-        if tracked.parts and tracked.computed == computed and all(match.lease.active for match in tracked.matches):
-            return tracked.parts[-1].column + tracked.parts[-1].stop - tracked.parts[-1].first
-        tracked.release()
-        tracked.computed = computed
-        tokens = tracked.tokens
-        found = self._prefix(tracked, tokens, computed)
-        tracked.saved = found
-        if tracked.modular:
-            found = max(found, self._segments(tracked, tokens, found))
+    def find(self, tracked: Tracked, computed: int) -> Found | None:
+        """What can be had of a request, of which the engine has ``computed`` tokens; None while that is not known.
+
+        Leases hold what stands behind those until the request lets go. May be asked again; it is looked up once. After
+        the timeout, nothing is there.
+        """
+        question, patience = tracked.question, 0.0
+        if question is None or question.computed != computed:
+            tracked.release()
+            prompt, scope, segments = tracked.tokens, tracked.scope, tracked.segments
+
+            def ask() -> Found:
+                return self._ask(scope, prompt, computed, segments)
+
+            question, patience = Question(ask, computed, time.monotonic() + self._timeout), PATIENCE
+            tracked.question = question
+            self._thread.do(question.run)
+        found = question.answer(patience)
+        if found is None and time.monotonic() > question.deadline:
+            tracked.failed = True
+            tracked.release()
+            return Found()
         return found
 
-    def _prefix(self, tracked: Tracked, tokens: bytes, computed: int) -> int:
+    # -- in the look-up thread ----------------------------------------------------------------------------------------
+
+    def _ask(self, scope: Scope, prompt: bytes, computed: int, segments: Sequence[tuple[int, int]]) -> Found:
+        exact = self._prefix(scope, prompt, computed)
+        if not segments:
+            return exact
+        found = self._segments(scope, prompt, segments, exact.prefix)
+        worse = exact if found.tokens > exact.tokens else found
+        worse.release()
+        return found if worse is exact else exact
+
+    def _prefix(self, scope: Scope, prompt: bytes, computed: int) -> Found:
         """The longest stored prefix, of blocks with all heads, or else of each worker's."""
         model = self._model
-        match = self._store.match(model.namespace(tracked.scope), model.layout, tokens, first=computed)
-        matches = [match]
+        matches = [self._store.match(model.namespace(scope), model.layout, prompt, first=computed)]
+        sharded = False
         if model.ranks > 1:
             shards = [
-                self._store.match(model.namespace(tracked.scope, rank), model.shard, tokens, first=computed)
+                self._store.match(model.namespace(scope, rank), model.shard, prompt, first=computed)
                 for rank in range(model.ranks)
             ]
-            better = min(shard.tokens for shard in shards) > match.tokens
-            for other in [match] if better else shards:
-                other.release()
-            tracked.sharded, matches = better, shards if better else matches
-        found = min(match.tokens for match in matches)
-        tracked.matches = matches
-        tracked.parts = (Part(tokens[: found * TOKEN_BYTES], 0, found, 0),) if found else ()
-        return found
+            sharded = min(shard.tokens for shard in shards) > matches[0].tokens
+            matches, others = (shards, matches) if sharded else (matches, shards)
+            for match in others:
+                match.release()
+        tokens = min(match.tokens for match in matches)
+        parts = (Part(prompt[: tokens * TOKEN_BYTES], 0, tokens, 0),) if tokens else ()
+        return Found(tokens, tokens, parts, tuple(matches), sharded)
 
-    def _segments(self, tracked: Tracked, tokens: bytes, exact: int) -> int:
-        """As many of its segments as are stored, and a part of the next; if that is more than ``exact``."""
+    def _segments(self, scope: Scope, prompt: bytes, segments: Sequence[tuple[int, int]], prefix: int) -> Found:
+        """As many of the segments as are stored, and a part of the next."""
         model, parts, matches, end = self._model, list[Part](), list[Match](), 0
-        last = len(tokens) // TOKEN_BYTES - 1  # is computed
-        for start, stop in tracked.wishes.segments:
-            chain = tokens[start * TOKEN_BYTES : min(stop, last) * TOKEN_BYTES]
+        last = len(prompt) // TOKEN_BYTES - 1  # is computed
+        for start, stop in segments:
+            chain = prompt[start * TOKEN_BYTES : min(stop, last) * TOKEN_BYTES]
             if not chain:
                 break
-            match = self._store.match(model.namespace(tracked.scope), model.layout, chain, whole=True)
+            match = self._store.match(model.namespace(scope), model.layout, chain, whole=True)
             matches.append(match)
             if match.tokens:
                 parts.append(Part(chain[: match.tokens * TOKEN_BYTES], 0, match.tokens, start))
                 end = start + match.tokens
             if start + match.tokens < stop:
                 break
-        if end <= exact:
-            for match in matches:
-                match.release()
-            return exact
-        tracked.release()
-        tracked.matches, tracked.parts, tracked.sharded = matches, tuple(parts), False
-        tracked.approximate = True
-        return end
+        return Found(prefix, end, tuple(parts), tuple(matches), approximate=True)
 
-    def parts(self, tracked: Tracked, first: int, stop: int) -> tuple[Part, ...]:
-        """What is to be loaded of columns ``first`` to ``stop``."""
-        cut = []
-        for part in tracked.parts:
-            low, high = max(first, part.column), min(stop, part.column + part.stop - part.first)
-            if low < high:
-                begin = part.first + low - part.column
-                end = begin + high - low
-                cut.append(Part(part.token_ids[: end * TOKEN_BYTES], begin, end, low))
-        return tuple(cut)
 
-    def tiers(self, tracked: Tracked, first: int, stop: int) -> dict[str, int]:
-        """Where the tokens of columns ``first`` to ``stop`` are."""
-        found: dict[str, int] = {}
-        for part, match in zip(tracked.parts, tracked.matches, strict=False):
-            column = part.column + match.skipped
-            for tier, (_, tokens) in zip(match.tiers, match.blocks, strict=True):
-                used = min(stop, column + tokens) - max(first, column)
-                if used > 0:
-                    found[tier] = found.get(tier, 0) + used
-                column += tokens
-        return found
+def parts(found: Found, first: int, stop: int) -> tuple[Part, ...]:
+    """What is to be loaded of columns ``first`` to ``stop``."""
+    cut = []
+    for part in found.parts:
+        low, high = max(first, part.column), min(stop, part.column + part.stop - part.first)
+        if low < high:
+            begin = part.first + low - part.column
+            end = begin + high - low
+            cut.append(Part(part.token_ids[: end * TOKEN_BYTES], begin, end, low))
+    return tuple(cut)
+
+
+def tiers(found: Found, first: int, stop: int) -> dict[str, int]:
+    """Where the tokens of columns ``first`` to ``stop`` are."""
+    counted: dict[str, int] = {}
+    for part, match in zip(found.parts, found.matches, strict=False):
+        column = part.column + match.skipped
+        for tier, (_, tokens) in zip(match.tiers, match.blocks, strict=True):
+            used = min(stop, column + tokens) - max(first, column)
+            if used > 0:
+                counted[tier] = counted.get(tier, 0) + used
+            column += tokens
+    return counted

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.adapters.vllm.step import Part, Scope
+from kvstore.adapters.vllm.lookup import Found, Question
+from kvstore.adapters.vllm.step import Scope
 from kvstore.errors import BadInput
 from kvstore.keys import TOKEN_BYTES
-from kvstore.match import Match
 
 MODULAR = "modular"
 FIELD = "kvstore"  # of kv_transfer_params
@@ -77,12 +77,9 @@ class Tracked:
     wishes: Wishes = field(default_factory=Wishes)
     refused: dict[str, str] = field(default_factory=dict)  # why a wish is not granted, for the reply
     modular: bool = False  # segments of it may be taken from elsewhere
-    approximate: bool = False  # and were
-    matches: list[Match] = field(default_factory=list)  # hold what is to be loaded until it is
-    parts: tuple[Part, ...] = ()  # that they stand for
-    computed: int = 0  # leading tokens that the engine had when they were made
+    question: Question | None = None  # what is stored of it; holds what is to be loaded until it is
+    found: Found = field(default_factory=Found)  # the answer
     by_tier: dict[str, int] = field(default_factory=dict)  # tokens that were taken, by where they were
-    sharded: bool = False
     loading: bool = False  # its pages are being written
     failed: bool = False  # a load failed; the rest of it is computed
     saved: int = 0  # leading tokens that are stored, or about to be
@@ -98,8 +95,12 @@ class Tracked:
         """The first so many."""
         return self.tokens[: tokens * TOKEN_BYTES]
 
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Those that may be taken from elsewhere."""
+        return self.wishes.segments if self.modular else ()
+
     def release(self) -> None:
-        """Ends the leases of what was matched."""
-        for match in self.matches:
-            match.release()
-        self.matches, self.parts = [], ()
+        """Ends the leases of what was found, or is still looked for."""
+        if self.question is not None:
+            self.question.drop()

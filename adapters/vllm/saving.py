@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 
 from kvstore.adapters.vllm.caches import Caches
@@ -25,8 +26,9 @@ log = logging.getLogger("kvstore")
 class Saving:
     """``run`` belongs to the saving thread, the others to the engine's. ``_lock`` guards what both see."""
 
-    def __init__(self, save: Save, model: Model, store: Store, caches: Caches, rank: int) -> None:
+    def __init__(self, save: Save, model: Model, store: Store, caches: Caches, rank: int, deadline: float) -> None:
         self.save = save
+        self._deadline = time.monotonic() + deadline
         self._model, self._store, self._caches, self._rank = model, store, caches, rank
         self._layout = model.layout if model.ranks == 1 else model.shard
         self._lock = threading.Lock()
@@ -79,6 +81,8 @@ class Saving:
 
     def _take(self) -> dict[int, Draft]:
         save, size = self.save, self._layout.block_tokens
+        if time.monotonic() > self._deadline:
+            return {}  # the engine wants its pages; what is not stored is a miss
         tokens = len(save.token_ids) // TOKEN_BYTES
         numbers = range(save.first // size, -(-tokens // size))
         if save.first >= tokens:

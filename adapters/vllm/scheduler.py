@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from kvstore.adapters.vllm.lookup import Lookup
+from kvstore.adapters.vllm.lookup import Lookup, parts, tiers
 from kvstore.adapters.vllm.model import Model
 from kvstore.adapters.vllm.options import BETWEEN, Options
 from kvstore.adapters.vllm.request import FIELD, Tracked, Wishes
@@ -25,7 +25,7 @@ class SchedulerHalf:
 
     def __init__(self, model: Model, store: Store, options: Options) -> None:
         self._model, self._options = model, options
-        self._lookup = Lookup(model, store)
+        self._lookup = Lookup(model, store, options.timeout)
         self._scopes = Scopes(options.require_tenant)
         self._tracked: dict[str, Tracked] = {}
         self._step = Step()  # what the next step is told
@@ -47,36 +47,44 @@ class SchedulerHalf:
             tracked.refused["refused"] = str(error)
         self._scopes.admit(tracked)
 
-    def matched(self, request: Any, computed: int) -> tuple[int, bool]:
-        """How many tokens behind the first ``computed`` can be loaded, and whether that is between steps."""
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens behind the first ``computed`` can be loaded, and whether that is between steps.
+
+        None: that is not known yet; the engine asks again."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             tracked = self._scopes.track(request)
             self._tracked[request.request_id] = tracked
         if tracked.failed or not tracked.served:
             return 0, False
-        found = self._lookup.find(tracked, computed) - computed
-        if found < self._options.min_tokens:
+        found = self._lookup.find(tracked, computed)
+        if found is None:
+            return None, False
+        tracked.found, tracked.saved = found, found.prefix
+        if found.tokens - computed < self._options.min_tokens:
             tracked.release()
             return 0, False
-        return found, self._options.load == BETWEEN
+        return found.tokens - computed, self._options.load == BETWEEN
 
     def allocated(self, request: Any, pages: list[int], tokens: int) -> None:
         """The engine has pages for a request, and wants ``tokens`` loaded into them."""
         tracked = self._tracked[request.request_id]
-        if not tokens or not tracked.parts:
+        question = tracked.question
+        if not tokens or question is None or tracked.loading:
+            if not tracked.loading:
+                tracked.release()
             return
+        columns = question.computed, question.computed + tokens
         load = Load(
             request=request.request_id,
             scope=tracked.scope,
-            parts=self._lookup.parts(tracked, tracked.computed, tracked.computed + tokens),
+            parts=parts(tracked.found, *columns),
             pages=tuple(pages),
             within=self._options.load != BETWEEN,
-            sharded=tracked.sharded,
+            sharded=tracked.found.sharded,
         )
         self._step.loads.append(load)
-        tracked.by_tier = self._lookup.tiers(tracked, tracked.computed, tracked.computed + tokens)
-        tracked.loading, tracked.parts = not load.within, ()
+        tracked.by_tier, tracked.loading = tiers(tracked.found, *columns), not load.within
 
     def by_tier(self, request: Any) -> dict[str, int]:
         """Tokens that the request was given, by the tier they came from."""
@@ -93,6 +101,9 @@ class SchedulerHalf:
             if tracked.request.num_preemptions != tracked.preemptions:
                 tracked.preemptions = tracked.request.num_preemptions
                 tracked.saving, tracked.loading = False, name in loading
+                if not tracked.loading:
+                    tracked.release()
+                    tracked.question = None
                 step.preempted.add(name)
             elif not tracked.loading:
                 step.saves += self._filled(name, tracked)
@@ -144,8 +155,10 @@ class SchedulerHalf:
             return False, None
         tracked.release()
         stop = min(self._computed(tracked), len(request.all_token_ids) - 1)
+        if tracked.loading:
+            return False, self._told(tracked)  # the engine waits for the load, and hears of it from the workers
         last = Save(name, tracked.scope, b"", 0, (), True)  # of nothing, to hear when all is read
-        if not tracked.loading and self._saves(tracked) and stop > tracked.saved:
+        if self._saves(tracked) and stop > tracked.saved:
             last = self._save(name, tracked, stop, pages, held=True)
         wishes, told = tracked.wishes, self._told(tracked)
         if tracked.served and (wishes.retain or wishes.pin):
@@ -165,7 +178,13 @@ class SchedulerHalf:
         asked = {"retain": wishes.retain, "pin": wishes.pin}
         hints = {name: "accepted" if tracked.served else "ignored" for name, seconds in asked.items() if seconds}
         given = {"tokens": sum(tracked.by_tier.values()), "by_tier": tracked.by_tier}
-        return {FIELD: {**given, "mode": "modular" if tracked.approximate else "exact", **tracked.refused, **hints}}
+        return {
+            FIELD: {**given, "mode": "modular" if tracked.found.approximate else "exact", **tracked.refused, **hints}
+        }
+
+    def close(self) -> None:
+        """Ends the look-up thread."""
+        self._lookup.close()
 
     def reset(self) -> None:
         """The engine's weights were replaced: what was stored so far is no more served."""

@@ -54,7 +54,7 @@ class Save:
 
 
 @dataclass
-class Step(KVConnectorMetadata):  # type: ignore[misc]
+class Step(KVConnectorMetadata):
     """One step."""
 
     loads: list[Load] = field(default_factory=list)

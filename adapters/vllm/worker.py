@@ -5,10 +5,6 @@ The engine's thread never waits for a tier, but in the mode "layers" for what it
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
-from queue import SimpleQueue
 from typing import Any
 
 from kvstore.adapters.vllm.caches import Caches, kernels
@@ -17,9 +13,8 @@ from kvstore.adapters.vllm.model import Model, dtype_of
 from kvstore.adapters.vllm.options import Options
 from kvstore.adapters.vllm.saving import Saving
 from kvstore.adapters.vllm.step import Load, Save, Step
+from kvstore.adapters.vllm.thread import Worker
 from kvstore.store import Store
-
-log = logging.getLogger("kvstore")
 
 CLOSE_SECONDS = 30.0
 
@@ -85,7 +80,7 @@ class WorkerHalf:
             for earlier in self._saves:
                 if earlier.save.request == save.request:
                     earlier.keep()
-        saving = Saving(save, self._model, self._store, self._caches, self._rank)
+        saving = Saving(save, self._model, self._store, self._caches, self._rank, self._options.deadline)
         self._saves.append(saving)
         self._saver.do(saving.run)
 
@@ -120,28 +115,3 @@ class WorkerHalf:
             saving.keep()
         for worker in (self._loader, self._saver):
             worker.close(CLOSE_SECONDS)
-
-
-class Worker:
-    """A thread that does what it is given, in order."""
-
-    def __init__(self, name: str) -> None:
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def do(self, task: Callable[[], None]) -> None:
-        """Asks for a task. Any thread."""
-        self._tasks.put(task)
-
-    def close(self, timeout: float) -> None:
-        """Waits until all tasks are done; a thread that is stuck is left."""
-        self._tasks.put(None)
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            except Exception as error:  # top loop: the engine computes, or misses, what failed here
-                log.warning("%s: %s: %s", threading.current_thread().name, type(error).__name__, error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,30 +50,20 @@ def attention(setting: Setting) -> Iterator[Figure]:
     wide = [[state.double() for state in states] for states in (keys, values)]
     for name, count, note in (("prefill", tokens, "28 % less in the paper"), ("decode", 1, "twice the bytes")):
         queries = noise(1, heads, count, dim)
+        fused = partial(attend, queries, keys, values, fusion, dim**-0.5)
+        plain = partial(scaled_dot_product_attention, queries, is_causal=count > 1, enable_gqa=True)
         part = min(count, 64)  # the reference makes all scores
-        wanted = reference(queries[:, :, -part:].double(), *wide, fusion, dim**-0.5)
-
-        def fused(queries: torch.Tensor = queries) -> torch.Tensor:
-            return attend(queries, keys, values, fusion, dim**-0.5)
-
-        def plain(
-            keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor = queries, causal: bool = count > 1
-        ) -> torch.Tensor:
-            return scaled_dot_product_attention(queries, keys, values, is_causal=causal, enable_gqa=True)
-
-        def one_pair(plain: Callable[..., torch.Tensor] = plain) -> torch.Tensor:
-            return plain(keys[0], values[0])
-
+        wanted = reference(queries[:, :, -part:].double(), wide[0], wide[1], fusion, dim**-0.5)
         error = distance(fused()[:, -part:], wanted)
         own = distance(plain(*sums).transpose(1, 2)[:, -part:], wanted)
         yield Figure(f"fused_{name}_near_reference", error <= AS_TORCH * own)
         yield Figure(f"fused_{name}_error", error, "of what float64 gives")
         yield Figure(f"fused_{name}_torch_error", own, "of the same, torch's attention to the sums")
+        one_pair = partial(plain, keys[0], values[0])
         kernels = setting.seconds(setting.graphed(one_pair)) / setting.seconds(setting.graphed(fused))
         yield Figure(f"fused_{name}_speed", kernels, f"of torch's attention to one pair ({note})")
-        yield Figure(
-            f"fused_{name}_call_speed", setting.seconds(one_pair) / setting.seconds(fused), "of the same, calls"
-        )
+        calls = setting.seconds(one_pair) / setting.seconds(fused)
+        yield Figure(f"fused_{name}_call_speed", calls, "of the same, calls")
 
 
 def distance(made: torch.Tensor, wanted: torch.Tensor) -> float:

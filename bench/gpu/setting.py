@@ -57,7 +57,7 @@ class Setting:
         self.copied = 4 << 20 if small else GiB  # bytes of a plain copy
         self.repeats = 2 if small else 9
         self.first_tokens = 2 if small else 5  # first tokens behind a median; each costs a prefill
-        self.pairs = 3 if small else 11  # of decoding, with and without saves
+        self.pairs = 3 if small else 9  # of decoding, with and without saves
         self.decoded = 4 if small else 64  # tokens of one side of a pair
         self.saved = 64 if small else 8192  # tokens that are saved in the background of a pair
         self.rounds = 16 if small else 200  # of the stress of events

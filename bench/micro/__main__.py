@@ -24,7 +24,7 @@ SINGLE += ("index_bytes_per_block", "reopen_seconds", "import_seconds", "attach_
 ROTATED = "rotated_load"
 MEMCPYS, FLOORS = 1.35, 1.5  # what a load with rotation, and a first token, are to stay below
 PARTS: tuple[str, ...] = ("host", "rotated", "disk", "daemon", "peers", "index")
-PARTS += ("attach", "ttft", "composed", "tpot", "plans", "policies")
+PARTS += ("attach", "ttft", "composed", "tpot", "plans", "policies", "pages")
 
 
 def main(
@@ -88,6 +88,10 @@ def measure(part: str, scratch: Path, repeats: int, blocks: int, results: dict[s
         from kvstore.bench.micro import policies
 
         results["policies"] = policies.measure(blocks)
+    elif part == "pages":
+        from kvstore.bench.micro import pages
+
+        results["pages"] = pages.measure(repeats)
     else:
         import torch
 
@@ -175,6 +179,10 @@ def show(results: dict[str, Any]) -> None:
         from kvstore.bench.micro import policies
 
         console.print(policies.table(results["policies"]))
+    if "pages" in results:
+        from kvstore.bench.micro import pages
+
+        console.print(pages.table(results["pages"]))
     if "tpot" in results:
         row = results["tpot"]
         console.print(

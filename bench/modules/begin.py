@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.bench.command import run_command
+from kvstore.bench.environment import environment
 from kvstore.bench.streaming.model import BEGIN, SIZES, Begun, trained
-from kvstore.bench.summary import environment
 from kvstore.bench.train_plans import corpus
 from kvstore.composition import Chain, Composition, Part, Placement, Text
 

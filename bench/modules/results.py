@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore.bench.summary import environment
+from kvstore.bench.environment import environment
 from kvstore.errors import BadInput
 
 MEASURES = ("recomputed", "all", "single", "overwritten", "alias")

@@ -17,10 +17,10 @@ from kvstore.adapters.transformers import Reuse
 from kvstore.bench import logs
 from kvstore.bench.command import run_command
 from kvstore.bench.encoders import WordEncoder
+from kvstore.bench.environment import environment
 from kvstore.bench.micro.ttft import build_model
 from kvstore.bench.never_slower.figures import plot, summarize, table
 from kvstore.bench.never_slower.pairs import MB, Pair, measure, open_store, prompts, warm_up
-from kvstore.bench.summary import environment
 from kvstore.errors import BadInput
 
 DEMO = Path(__file__).resolve().parents[1] / "data" / "demo.json"

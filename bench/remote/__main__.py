@@ -15,10 +15,10 @@ from rich.table import Table
 
 from kvstore.bench import logs, models
 from kvstore.bench.command import run_command
+from kvstore.bench.environment import environment
 from kvstore.bench.remote import deadlines, serving
 from kvstore.bench.remote.proxy import MODES
 from kvstore.bench.remote.server import running
-from kvstore.bench.summary import environment
 
 DEMO = Path(__file__).resolve().parents[1] / "data" / "demo.json"
 HELP = """

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import kvstore
 from kvstore.adapters.transformers import Reuse
 from kvstore.bench.command import run_command
+from kvstore.bench.environment import environment
 from kvstore.bench.streaming import decode, report
 from kvstore.bench.streaming.arms import arms
 from kvstore.bench.streaming.model import SIZES, Begun, trained
 from kvstore.bench.streaming.perplexity import score
 from kvstore.bench.streaming.sinks import attention_to_first
-from kvstore.bench.summary import environment
 from kvstore.bench.train_plans import corpus
 from kvstore.errors import BadInput
 from kvstore.policies.overflow import streaming

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvstore.bench.command import run_command
-from kvstore.bench.summary import environment
+from kvstore.bench.environment import environment
 from kvstore.bench.train_plans import arms, corpus, report, results, training
 from kvstore.bench.train_plans.arms import ARMS, SIZES, Size
 from kvstore.errors import BadInput

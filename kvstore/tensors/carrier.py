@@ -27,9 +27,11 @@ from kvstore.layout import Layout
 from kvstore.tensors.copies import copy, copy_to_device
 from kvstore.tensors.runs import Blocks
 from kvstore.tensors.streams import CudaStream, Event, Stream, ThreadStream
+from kvstore.tensors.transfer import DTYPES, GPU
 
 COPY_BYTES = 1 << 20  # of one block in one copy, at least: layers that are smaller are copied together
-AHEAD_BYTES = 256 << 20  # that are copied before anybody asks: what the link does while a hit is put together
+FIRST_BYTES, MOST_BYTES = 64 << 20, 256 << 20  # of all blocks, that are copied together at first, and later on
+AHEAD_BYTES = 768 << 20  # that are copied before anybody asks: what the link does while a hit is put together
 PASSING_BYTES = 1 << 30  # of memory of the moment, at most, for one load
 
 Group = tuple[int, int]  # layers, first and last + 1
@@ -64,6 +66,28 @@ class Carrier:
                 with torch.cuda.stream(stream.stream):
                     return torch.empty(shape, dtype=dtype, device=self.device)
             return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def two(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Memory that ``turns`` may write at once, as ``empty``."""
+        with torch.inference_mode(False):
+            if isinstance(self.turns, CudaStream):
+                with torch.cuda.stream(self.turns.stream):
+                    return [torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes]
+            return [torch.empty(shape, dtype=dtype, device=self.device) for shape in shapes]
+
+    def sent(self, runs: np.ndarray, dtype: torch.dtype) -> Any:
+        """``runs`` as ``turns`` can have them soonest, for ``transfer``. The device takes what it is sent in the order
+        in which it may begin: what waits for a layer to be copied would come behind all later ones."""
+        kernel = GPU.get() if isinstance(self.copies, CudaStream) and dtype in DTYPES else None
+        if kernel is None or not isinstance(self.copies, CudaStream) or not isinstance(self.turns, CudaStream):
+            return runs
+        from kvstore.tensors import rope_gpu
+
+        with torch.cuda.stream(self.copies.stream):
+            ready = rope_gpu.prepare(runs, self.device)
+        self.turns.wait(self.copies.record())
+        ready.table.record_stream(self.turns.stream)
+        return ready
 
     def copy(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
         """``copies`` brings so many bytes each from host memory, at ``sources``, to addresses on the device."""
@@ -101,9 +125,9 @@ class Carried:
     def __init__(self, carrier: Carrier, load: Loading) -> None:
         self._carrier, self._load = carrier, load
         self._layout: Layout = load.layout
-        self._groups = groups(self._layout)
-        self._group_of = [group for group in self._groups for _ in range(*group)]
         places = load.places(0)
+        self._groups = groups(self._layout, len(places))
+        self._group_of = [group for group in self._groups for _ in range(*group)]
         blocks = Blocks.of(places)
         self._strides, self._tokens = blocks.strides, blocks.tokens
         strides, of = np.unique(blocks.strides, return_inverse=True)
@@ -162,10 +186,26 @@ class Carried:
             for read in before:  # without the lock: the engine's thread may want it
                 read.wait()
 
+    def free(self, layer: int) -> bool:
+        """Whether ``places`` would wait for nothing, after ``wait`` has said yes."""
+        group = self._group_of[layer]
+        with self._lock:
+            return group in self._carried or not self._in_the_way(group)
+
     def stored(self, layer: int) -> Blocks:
         """Where the layer is in host memory, or on the device of what is ``hot``, after ``wait`` has said yes."""
         keys = self._payloads + self._begins[layer]
         return Blocks(keys, keys + self._sizes[layer], self._strides, self._tokens)
+
+    def block(self, first: int, stop: int) -> tuple[int, int, bool] | None:
+        """All layers of the one full block that begins with token ``first`` and holds those before ``stop``: address,
+        bytes, and whether that is ``hot``. None: there is no such block, or not all of it is in memory yet."""
+        used, low, _ = self.stored(0).within(first, stop)
+        full = len(used) == 1 and not low[0] and self._strides[used[0]] == self._layout.block_tokens
+        if not full or not all(self._load.wait(layer, timeout=0.0) for layer in range(len(self._layout.layers))):
+            return None
+        number = int(used[0])
+        return int(self._payloads[number]), int(self._begins[-1][number]), bool(self.hot[number])
 
     def ready(self, stream: Stream) -> None:
         """Before ``stream`` reads what is ``hot``; once is enough for a CUDA stream."""
@@ -239,12 +279,16 @@ def _table(of_kinds: Sequence[Sequence[int]], kinds: np.ndarray, numbers: int) -
     return np.ascontiguousarray(np.array(of_kinds, dtype=np.int64).reshape(-1, numbers)[kinds].T)
 
 
-def groups(layout: Layout) -> list[Group]:
-    """Runs of layers (first, last + 1) that take at least ``COPY_BYTES`` of a full block, but for the last."""
+def groups(layout: Layout, blocks: int = 1) -> list[Group]:
+    """Runs of layers (first, last + 1) that are copied together: but for the last, each at least ``COPY_BYTES`` of a
+    block, and so much of all ``blocks`` that asking for it takes the host less than the link. The first is small,
+    because somebody waits for it, and each may be twice as large as the one before.
+    """
     offsets = layout.layer_offsets(layout.block_tokens)
-    found, first = [], 0
+    found, first, wanted = [], 0, FIRST_BYTES
     for layer in range(1, len(offsets)):
-        if offsets[layer] - offsets[first] >= COPY_BYTES or layer == len(offsets) - 1:
+        size = offsets[layer] - offsets[first]
+        if (size >= COPY_BYTES and size * blocks >= wanted) or layer == len(offsets) - 1:
             found.append((first, layer))
-            first = layer
+            first, wanted = layer, min(2 * wanted, MOST_BYTES)
     return found

@@ -96,8 +96,15 @@ def put_columns_for(unit: int) -> Any:
                     transpose(unit, 4, False, at, row, to, step)
             done += 4 * part
         if done + 2 * part <= rows:
+            at, to = rows_at + done * row, page + done * unit
+            past = streams and to % LINE == 0 and step == 2 * PART
             for d in range(0, whole, part):
-                transpose(unit, 2, False, rows_at + done * row + d * unit, row, page + done * unit + d * step, step)
+                if past:
+                    for line in range(0, 2 * part * PART, LINE):
+                        prefetch(at + d * 2 * PART + line)
+                    transpose(unit, 2, True, at + d * unit, row, to + d * step, step)
+                else:
+                    transpose(unit, 2, False, at + d * unit, row, to + d * step, step)
             done += 2 * part
         if done + part <= rows:
             for d in range(0, whole, part):

@@ -15,7 +15,8 @@ from kvstore.tensors.paging import TAKE, WORD, ZIP
 from kvstore.tensors.rope import HALF, INTERLEAVED, Turn
 from kvstore.tensors.transfer import DTYPES
 
-PAGE, DIM, HEADS, STRIDE = 64, 48, 2, 90
+PAGES = (64, 16)  # tokens
+COLUMNS, DIM, HEADS, STRIDE = 128, 48, 2, 90
 COPIED = (torch.uint8, torch.bfloat16, torch.float32)  # elements of every size, for kernels that turn nothing
 
 
@@ -41,10 +42,12 @@ def trials(form: int) -> Iterator[Trial]:
         blocks = (64 * torch.randn(2, HEADS, STRIDE, DIM, generator=generator)).to(dtype)
         first = [*(part.data_ptr() for part in blocks), STRIDE, 7, 81, 2, 9]
         runs = np.array([first, [*first[:3], 1, 3, 80, 100]], dtype=np.int64)
-        known = orders(PAGE, DIM, dtype.itemsize)
-        for i in range(2 * len(known)):
-            pages = draw(generator, known[i // 2], known[(i // 2 + i) % len(known)], dtype, i % 2)
-            yield Trial(pages, blocks, runs, np.array([2, 0], dtype=np.int64), turn if turns else None)
+        for page in PAGES:
+            known, count = orders(page, DIM, dtype.itemsize), COLUMNS // page + 1
+            table = np.arange(count - 1, 0, -1, dtype=np.int64)
+            for i in range(2 * len(known)):
+                two = known[i // 2], known[(i // 2 + i) % len(known)]
+                yield Trial(draw(generator, *two, dtype, i % 2, count), blocks, runs, table, turn if turns else None)
 
 
 def orders(page: int, dim: int, item: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -66,7 +69,7 @@ def draw(
     values: tuple[np.ndarray, np.ndarray],
     dtype: torch.dtype,
     shift: int,
-    count: int = 3,
+    count: int,
 ) -> Pages:
     """``count`` pages of random bytes, keys and values of a head beside each other, ``shift`` elements off a line."""
     item, sizes = dtype.itemsize, [tokens.size * dims.size * dtype.itemsize for tokens, dims in (keys, values)]

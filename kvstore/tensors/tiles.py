@@ -21,7 +21,7 @@ def transpose(builder: Any, unit: int, parts: int, past_caches: bool, places: Se
     """``places``: the source, its step, the target, its step.
 
     Of ``parts * PART / unit`` rows of the source, ``PART / unit`` units each, unit ``i`` of all goes to row ``i`` of
-    the target. ``past_caches``: as rows of the target are whole lines then.
+    the target. ``past_caches``: these rows are whole lines then, or lie one behind the other and fill lines together.
     """
     source, source_step, target, target_step = places
     count, item = PART // unit, ir.IntType(8 * unit)
@@ -33,8 +33,9 @@ def transpose(builder: Any, unit: int, parts: int, past_caches: bool, places: Se
         pairs = zip(made[: count // 2], made[count // 2 :], strict=True)
         made = [_zipped(builder, one, two, count, part) for one, two in pairs for part in (0, 1)]
         half //= 2
-    for i, vector in enumerate(made):
-        lanes.store(vector, _stepped(builder, target, target_step, i), past_caches)
+    together = LINE // (parts * PART) if past_caches else 1
+    for i in range(0, count, together):
+        lanes.store(_joined(builder, made[i : i + together]), _stepped(builder, target, target_step, i), past_caches)
 
 
 def zip_rows(builder: Any, item: int, past_caches: bool, source: Value, step: Value, target: Value) -> None:

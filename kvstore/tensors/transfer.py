@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ ONE_PAGE = np.zeros(1, dtype=np.int64)  # a head-major target
 WITHOUT_TABLES = 1 << 62  # positions that a transfer without a turn takes
 
 
-def transfer(runs: np.ndarray, turn: Turn | None, target: Target) -> None:
-    """Brings ``runs`` [n, 7] int64 into ``target``.
+def transfer(runs: Any, turn: Turn | None, target: Target) -> None:
+    """Brings ``runs`` [n, 7] int64, or what the GPU kernel has made of them (``rope_gpu.Prepared``), into ``target``.
 
     Of each run: addresses of the block's keys and values in this layer (``[head][stride][dim]``, at the target's
     device), the block's tokens of room, the first token and their number, the position and the target's column of the

@@ -45,6 +45,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "widths page_first": lambda: pools.mha("page_first", value_dim=4),
     "widths page_first_direct": lambda: pools.mha("page_first_direct", value_dim=4),
     "mla page_first_kv_split": lambda: pools.mla("page_first_kv_split"),
+    "mla over two ranks": lambda: pools.mla("page_first", dcp=2),
 }
 
 
