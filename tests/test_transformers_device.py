@@ -7,10 +7,12 @@ import pytest
 import torch
 from hf_models import build, prompt
 from hf_runs import BLOCK, FIRST, SECOND, first_turn, go_on, leases_left, second_turn, stored_prompt
+from staged import staging_of
 from transformers import DynamicCache
 
 import kvstore
 from kvstore.adapters.transformers import Reuse
+from kvstore.adapters.transformers.staging import StagedBlock
 from kvstore.local import LocalStore
 from kvstore.tensors import carrier
 from kvstore.tensors.carrier import Carrier, groups
@@ -114,3 +116,33 @@ def test_small_layers_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(carrier, "MOST_BYTES", 2 << 20)
     assert groups(layout, 8) == [(0, 1), (1, 3), (3, 5), (5, 7)]
     assert groups(layout, 1) == [(0, 7)]
+
+
+@pytest.mark.parametrize("new", [1, 3], ids=["a token", "some tokens"])
+def test_a_full_block_in_which_a_prompt_goes_on_is_brought_at_once(
+    store: LocalStore, streams: Carrier, seed: int, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+    reuse = by_way_of(streams, model, store)
+    staging = reuse._joined.staging = staging_of(reuse.layout, torch.float32, "cpu")
+    tokens = 3 * BLOCK
+    for _ in range(2):  # from memory, then from the device where there is a tier
+        ids = stored_prompt(model, reuse, tokens, seed)
+        other = torch.cat((ids[:, :-1], prompt(new, seed + 1)), 1)
+        memory = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=memory, use_cache=True)
+            memory.crop(-1)
+            model(input_ids=other[:, tokens - 1 :], past_key_values=memory, use_cache=True)
+            expected = model(input_ids=ids[:, :5], past_key_values=memory, use_cache=True).logits
+            monkeypatch.setattr(StagedBlock, "seed", None)  # nothing comes layer by layer
+            hit = reuse.load(other)
+            assert hit.cached_tokens == tokens - 1
+            model(**hit.forward_inputs)
+            reuse.save(other, hit.cache).wait()
+            monkeypatch.undo()
+            hit = reuse.load(torch.cat((other, ids[:, :5]), 1))
+            assert hit.cached_tokens == other.shape[1]
+            assert torch.equal(model(**hit.forward_inputs).logits, expected)
+        seed += 2
+    staging.close()

@@ -155,7 +155,7 @@ class Row:
         block = self._blocks.get(self.tail()[0])
         if not (isinstance(block, StagedBlock) and block.open):
             return False
-        block.seed_whole(payload)
+        block.seed_whole(payload, self.tail()[1])
         return True
 
     def crop(self, tokens: int, unread: bool) -> None:

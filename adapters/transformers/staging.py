@@ -221,11 +221,20 @@ class StagedBlock(Block):
         self.keys[layer].narrow(1, 0, keys.shape[1]).copy_(keys, non_blocking=True)
         self.values[layer].narrow(1, 0, values.shape[1]).copy_(values, non_blocking=True)
 
-    def seed_whole(self, payload: torch.Tensor) -> None:
-        """Begin with the bytes of a full block, of which some will be written over. They must stay until the engine's
-        stream has read them."""
+    def seed_whole(self, payload: torch.Tensor, tokens: int) -> None:
+        """``seed`` of all layers, with the first ``tokens`` of a full block, of which these are the bytes. They must
+        stay until the engine's stream has read them."""
         assert self._buffer is not None
-        self._buffer.view(torch.uint8).copy_(payload, non_blocking=True)
+        there = payload.to(self._buffer.device, non_blocking=True).view(self.payload.dtype)
+        whole = self.payload.whole(there)
+        if whole is not None and self.whole is not None:
+            self.whole.narrow(3, 0, tokens).copy_(whole.narrow(3, 0, tokens))
+            return
+        for layer in range(len(self.keys)):
+            for mine, stored in zip(
+                (self.keys[layer], self.values[layer]), self.payload.layer(there, layer), strict=True
+            ):
+                mine.narrow(1, 0, tokens).copy_(stored.narrow(1, 0, tokens))
 
     def seal(self) -> None:
         """See ``Block``."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.adapters.vllm.lookup import Found, Question
+from kvstore.adapters.vllm.question import Found, Question
 from kvstore.adapters.vllm.step import Scope
 from kvstore.errors import BadInput
 from kvstore.keys import TOKEN_BYTES

@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kvstore.tensors import tiles
-from kvstore.tensors.lanes import LINE
+from kvstore.tensors.lanes import AHEAD, LINE
 from kvstore.tensors.paging import COLUMNS, ROWS, UNITS, WORD, ZIPPED
 from kvstore.tensors.rope_cpu import copy, prefetch
 from kvstore.tensors.tiles import PART
@@ -124,10 +124,13 @@ def take_columns_for(unit: int) -> Any:
     def take(side: Any, dims: Any, rows_at: int, rows: int, page: int, streams: bool) -> None:
         whole, row, step, d = rows // part * part, side.row, side.step, 0
         past = streams and rows_at % LINE == 0 and row % LINE == 0
+        ahead = max(4 * part * step, AHEAD) - AHEAD  # beyond the columns that a group of tiles reads at once
         while d + 4 * part <= dims.size:
             for t in range(0, whole, part):
                 at, to = page + t * unit + d * step, rows_at + t * row + d * unit
                 if past:
+                    for line in range(0, 4 * part * PART, LINE):
+                        prefetch(page + d * step + ahead + t * 4 * PART + line)
                     transpose(unit, 4, True, at, step, to, row)
                 else:
                     transpose(unit, 4, False, at, step, to, row)

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from kvstore.compiled import nogil
 from kvstore.tensors.geometry import FLOAT16, FLOAT32, INTERLEAVED, NO_TURN, ROUNDED
-from kvstore.tensors.lanes import AHEAD, I64, LINE
+from kvstore.tensors.lanes import I64, LINE
 from kvstore.tensors.page_moves import put_rows, take_rows
 from kvstore.tensors.paging import TAKE, Paging, PagingKernel, Side
 from kvstore.tensors.rope_cpu import FORM_BITS, checked, copy_part, fence, prefetch, stage, turn_row
@@ -90,17 +90,6 @@ def _without_halves() -> bool:
     return machine.startswith("x86") and "+f16c" not in features
 
 
-@njit(nogil=True)
-def place_ahead(pages, column, page):
-    return pages[column // page]
-
-
-@njit(nogil=True)
-def fetch(address, size):
-    for line in range(0, size, LINE):
-        prefetch(address - AHEAD + line)
-
-
 def turner_for(form: int) -> Callable[..., None]:
     """What numba compiles to turn ``rows`` keys of ``row`` bytes, one behind the other, of which it gets the angles."""
     item = 4 if form & 3 == FLOAT32 else 2
@@ -132,29 +121,29 @@ def paging_for(form: int) -> PagingKernel:
             return int(bad)
         move = take_rows if form & TAKE else put_rows
         streams, own = tokens * p.heads * (keys.row + values.row) >= p.stream_from, stage()
+        # What is read is read in the order of its memory: blocks head by head, pages page by page.
+        each = p.heads if form & TAKE else 1
         for i in range(runs.shape[0]):
             stride, first, count = runs[i, 2], runs[i, 3], runs[i, 4]
-            for head in range(p.heads):  # a block in its own order
+            for heads in range(0, p.heads, each):
                 done = 0
                 while done < count:
-                    column, token = runs[i, 6] + done, head * stride + first + done
+                    column = runs[i, 6] + done
                     place, inside = pages[column // p.page], column % p.page
                     rows = min(count - done, p.page - inside)
-                    row = runs[i, 0] + token * keys.row
                     if p.turner != 0:
                         rows = min(rows, p.batch - inside % p.batch)
-                        angles = (runs[i, 5] + done) * p.angles
-                        turn(p.turner, p.first, p.pairs, keys.row, row, rows, p.cos + angles, p.sin + angles, own)
-                        row = own
-                    if streams and form & TAKE and done + rows < count:
-                        ahead = (place_ahead(pages, column + rows, p.page)) * keys.page + head * keys.head
-                        fetch(keys.address + ahead, min(rows * keys.row, AHEAD))
-                        ahead = (place_ahead(pages, column + rows, p.page)) * values.page + head * values.head
-                        fetch(values.address + ahead, min(rows * values.row, AHEAD))
-                    page = keys.address + place * keys.page + head * keys.head
-                    move(keys, kt, kd, row, rows, page, inside, streams)
-                    page = values.address + place * values.page + head * values.head
-                    move(values, vt, vd, runs[i, 1] + token * values.row, rows, page, inside, streams)
+                    for head in range(heads, heads + each):
+                        token = head * stride + first + done
+                        row = runs[i, 0] + token * keys.row
+                        if p.turner != 0:
+                            angles = (runs[i, 5] + done) * p.angles
+                            turn(p.turner, p.first, p.pairs, keys.row, row, rows, p.cos + angles, p.sin + angles, own)
+                            row = own
+                        page = keys.address + place * keys.page + head * keys.head
+                        move(keys, kt, kd, row, rows, page, inside, streams)
+                        page = values.address + place * values.page + head * values.head
+                        move(values, vt, vd, runs[i, 1] + token * values.row, rows, page, inside, streams)
                     done += rows
         if streams:
             fence()

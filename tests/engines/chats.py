@@ -24,11 +24,10 @@ class Turn:
     messages: tuple[dict[str, str], ...]
 
 
-def turns(count: int, conversations: int, path: Path = LOG) -> list[Turn]:
-    """The first turns of some conversations, ``count`` in all at most, one conversation behind the other."""
+def turns(count: int, each: int, path: Path = LOG) -> list[Turn]:
+    """The first turns of conversations, ``each`` of one at most, one conversation behind the other."""
     found: list[Turn] = []
-    each = -(-count // conversations)
-    for conversation in read(path)[:conversations]:
+    for conversation in read(path):
         for turn in conversation.turns[:each]:
             assert isinstance(turn.prompt, Chat)
             said = [{"role": message.role, "content": spoken(message)} for message in turn.prompt.messages]

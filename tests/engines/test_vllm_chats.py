@@ -53,7 +53,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, spoken: list[str]) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp(request.param)
     model = models.llama(folder / "model", spoken, models.DTYPES[request.param])
-    turns = chats.turns(50, 5)
+    turns = chats.turns(50, 10)
     with serving(model, folder / "alone.log", *CONTEXT, "--dtype", request.param) as engine:
         alone = say_all(engine, turns)
     assert len({said.tokens for said in alone}) > len(alone) // 2  # replies tell what was read

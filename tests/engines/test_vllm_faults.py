@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.timeout(900)]
 FLAGS = ("--max-model-len", models.CONTEXT, "--dtype", "float32", "--no-enable-prefix-caching")
 TIMEOUT, DEADLINE = 1.0, 3.0  # seconds: of an answer, and of a load
 RECOMPUTE = 60.0  # seconds in which even this machine computes a prompt, whatever else it does
-TURNS = chats.turns(24, 4)
+TURNS = chats.turns(24, 6)
 
 
 @dataclass
