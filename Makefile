@@ -4,10 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENGINES := .venv-engines/bin
+# Compiled kernels of the two environments would take turns in one folder.
+ENGINES_RUN := NUMBA_CACHE_DIR=$(CURDIR)/.venv-engines/numba $(ENGINES)
 ENGINES_STAMP := .venv-engines/.installed
 ENGINES_PIP := $(ENGINES)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo demo-daemon test check bench gpu soak engines clean
+.PHONY: install demo demo-daemon test check bench gpu soak engines engines-bench clean
 
 install: $(STAMP)
 
@@ -48,7 +50,11 @@ soak: $(STAMP)
 
 # Real engines, on the CPU: an environment of their own, since they pin what ours has newer.
 engines: $(STAMP) $(ENGINES_STAMP)
-	@OMP_NUM_THREADS=1 $(ENGINES)/pytest tests/engines
+	@OMP_NUM_THREADS=1 $(ENGINES_RUN)/pytest tests/engines
+
+engines-bench: $(ENGINES_STAMP)
+	@mkdir -p out
+	@$(ENGINES_RUN)/python -m kvstore.bench.engines --json out/engines.json
 
 $(ENGINES_STAMP): pyproject.toml tests/engines/requirements.txt
 	@test -x $(ENGINES)/python || { echo "making .venv-engines"; $(PYTHON) -m venv .venv-engines; }

@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import ORDERS, POSITIONS, Cache, Trial, as_bytes, order, same_blocks
-from transfers import PATIENCE, Block, Kind, any_bits, array, tables
+from transfers import PATIENCE, Block, Kind, array, tables
 
 import kvstore.tensors.pages
 from kvstore.compiled import Compiled
 from kvstore.errors import BadInput, Unsupported
 from kvstore.tensors.geometry import NO_TURN
 from kvstore.tensors.grids import Grid, Pages
-from kvstore.tensors.pages import PUT_KERNELS, TAKE_KERNEL, gather, put, put_kernel, take
+from kvstore.tensors.pages import PUT_KERNELS, TAKE_KERNEL, put, put_kernel, take
 from kvstore.tensors.paging import SCATTERED, TAKE, ordered
 from kvstore.tensors.rope import HALF, INTERLEAVED, Turn
 from kvstore.tensors.runs import Target
@@ -246,55 +245,6 @@ def test_a_kernel_that_does_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatc
     for form in (NO_TURN, TAKE):
         made = Compiled("a kernel that is wrong", partial(kvstore.tensors.pages._build, form))
         assert made.wait(PATIENCE) is None
-
-
-# -- tensors that are what their shape says ----------------------------------------------------------------------------
-
-DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def views(device: str, way: str) -> Pair:
-    """Keys and values [6 pages, 16 tokens, 2 heads, 32], as GPU engines have them."""
-    if way == "apart":
-        both = torch.zeros(2, 6, 16, 2, 32, dtype=torch.bfloat16, device=device)
-        return both[0], both[1]
-    if way == "heads first":
-        packed = torch.zeros(6, 2, 16, 64, dtype=torch.bfloat16, device=device).transpose(1, 2)
-    else:
-        packed = torch.zeros(6, 16, 2, 64, dtype=torch.bfloat16, device=device)
-    return packed[..., :32], packed[..., 32:]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("way", ["apart", "packed", "heads first"])
-def test_plain_pages(way: str, device: str, seed: int) -> None:
-    """The same as a transfer, and back again, run by run and all at once."""
-    generator = torch.Generator().manual_seed(seed)
-    cos, sin = (table.to(device) for table in tables(generator, BF16, POSITIONS, 16))
-    turn = Turn(cos, sin, HALF, rounded=False)
-    block = Block(*(any_bits(generator, (2, 50, 32), torch.bfloat16).to(device) for _ in "kv"))
-    block.keys.copy_(torch.randn(block.keys.shape, generator=generator))
-    made, right = views(device, way), views(device, way)
-    table = torch.tensor([4, 1, 5], device=device)
-    runs = array([block.run(3, 40, 7, 5), block.run(0, 2, 0, 46)])
-    put(runs, turn, Pages.plain(*made), table.cpu().numpy())
-    transfer(runs, turn, Target(*right, table))
-    assert all(torch.equal(as_bytes(one), as_bytes(two)) for one, two in zip(made, right, strict=True))
-    pages, back = Pages.plain(*made), Block(*(torch.zeros_like(part) for part in (block.keys, block.values)))
-    take(array([back.run(3, 40, 0, 5), back.run(0, 2, 0, 46)]), pages, table)
-    assert torch.equal(as_bytes(back.values[:, 3:43]), as_bytes(block.values[:, 3:43]))
-    every = Block(*(torch.zeros(2, 43, 32, dtype=torch.bfloat16, device=device) for _ in "kv"))
-    gather(pages, table, 5, every.keys, every.values)
-    for all_at_once, run_by_run in ((every.keys, back.keys), (every.values, back.values)):
-        assert torch.equal(as_bytes(all_at_once[:, :40]), as_bytes(run_by_run[:, 3:43]))
-        assert torch.equal(as_bytes(all_at_once[:, 41:]), as_bytes(run_by_run[:, :2]))
-
-
-def test_orders_that_are_no_tensors_are_told(seed: int) -> None:
-    pages = Small(seed).cache.pages
-    with pytest.raises(Unsupported, match="keep an order"):
-        gather(pages, torch.tensor([0]), 0, torch.zeros(2, 16, 32), torch.zeros(2, 16, 32))
 
 
 # -- threads and memory ------------------------------------------------------------------------------------------------

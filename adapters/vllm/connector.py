@@ -166,8 +166,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         """What workers say."""
         if self._scheduler is not None:
-            invalid = bool(connector_output.invalid_block_ids)
-            self._scheduler.output(set(connector_output.finished_recving or ()), invalid)
+            received = set(connector_output.finished_recving or ())
+            self._scheduler.output(received, set(connector_output.invalid_block_ids or ()))
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """A request ends."""

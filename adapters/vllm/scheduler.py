@@ -135,15 +135,23 @@ class SchedulerHalf:
         request = tracked.request
         return min(int(request.num_computed_tokens), len(request.all_token_ids))
 
-    def output(self, received: set[str], invalid: bool) -> None:
-        """What workers said of a step: who has been loaded, and whether something of it failed."""
+    def output(self, received: set[str], invalid: set[int]) -> None:
+        """What workers said of a step: who has been loaded, and which pages are not what they should be."""
         for name, tracked in self._tracked.items():
+            if invalid and tracked.by_tier and not tracked.failed:
+                self._lost(name, tracked, invalid)
             if name in received:
                 tracked.loading = False
-            if tracked.by_tier and not tracked.loading:
+            if (tracked.by_tier or tracked.failed) and not tracked.loading:
                 tracked.release()
-                if invalid and not tracked.failed:  # nothing more is loaded, and what it computes is stored
-                    tracked.failed, tracked.saved = True, 0
+
+    def _lost(self, name: str, tracked: Tracked, invalid: set[int]) -> None:
+        """If some of its pages did not come, nothing more is loaded, and what it computes is stored."""
+        pages = self._pages.get_block_ids(name)[0]
+        come = next((number for number, page in enumerate(pages) if page in invalid), None)
+        if come is not None and tracked.question is not None:
+            tracked.failed, tracked.saved = True, 0
+            tracked.by_tier = tiers(tracked.found, tracked.question.computed, come * self._model.page_tokens)
 
     # -- a request ends -----------------------------------------------------------------------------------------------
 

