@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from kvstore.adapters.transformers.timeline import COMPUTE, FETCH, LOAD, Span, Timeline
-from kvstore.bench.environment import environment
 from kvstore.bench import plots, report, summary
+from kvstore.bench.environment import environment
 from kvstore.bench.replay import Row
 from kvstore.bench.timeline import MOST_ROWS, Bar, Timed, lanes, overlap, packed
 from kvstore.figures import seconds
