@@ -57,7 +57,8 @@ def hybrid(folder: Path) -> Path:
     """A model that has layers with a state instead of keys and values beside layers with full attention."""
     kinds = ["conv", "full_attention", "conv", "full_attention"]
     shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
-    config = transformers.Lfm2Config(**shape, rope_parameters=ROPE, layer_types=kinds, conv_dim=SHAPE["hidden_size"])
+    also = {"conv_dim": SHAPE["hidden_size"], "block_dim": SHAPE["hidden_size"]}  # as vLLM calls it
+    config = transformers.Lfm2Config(**shape, **also, rope_parameters=ROPE, layer_types=kinds)
     return _saved(transformers.Lfm2ForCausalLM, config, folder)
 
 
