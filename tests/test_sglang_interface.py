@@ -57,7 +57,10 @@ def test_the_package_costs_no_engine_and_says_what_is_missing() -> None:
             from kvstore.adapters.sglang import KVStoreHiCache  # noqa: F401
 
 
-@pytest.mark.parametrize("pool", [FlatPool("layer_first"), FlatPool("page_first"), PartsPool()], ids=["layer_first", "page_first", "parts"])
+POOLS = {"layer_first": FlatPool("layer_first"), "page_first": FlatPool("page_first"), "parts": PartsPool()}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 @pytest.mark.parametrize("through", ["dir", "socket"])
 def test_pages_come_back_bit_for_bit(
     pool: Any, through: str, place: dict[str, Any], served: Hosted, quick: Path
