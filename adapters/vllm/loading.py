@@ -99,12 +99,14 @@ class Loading:
 
     def _layer(self, layer: int, part: Part, bringing: Bringing) -> None:
         """One layer of one part."""
-        stop = part.stop
         skipped = bringing.skipped
+        stop = min(part.stop, skipped + bringing.tokens)  # a load may be shorter than its match, or empty
         if not bringing.wait(layer, max(0.0, self._deadline - time.monotonic())):
-            stop = min(stop, skipped + bringing.good_tokens(layer))
-            if time.monotonic() >= self._deadline:
-                stop = part.first
+            good = bringing.good_tokens(layer)
+            # Up to a block that failed all is there. Where none did, it is too late, or the session is over.
+            lost = good >= bringing.tokens or time.monotonic() >= self._deadline
+            stop = part.first if lost else min(stop, skipped + good)
+        if stop < part.stop:
             self._fail(part.column + max(0, stop - part.first))
         if stop <= part.first:
             return
