@@ -191,7 +191,7 @@ def test_nobody_waits_for_a_server_that_is_not_there() -> None:
         save(store, TOKENS)
         assert load_all(store, [*TOKENS, 0]) == 64
         assert store.flush(PATIENCE)
-    assert time.monotonic() - begin < 2 * SLACK
+    assert time.monotonic() - begin < PATIENCE  # not forever, however busy the machine is
 
 
 def test_closing_does_not_wait_for_a_server_that_is_silent(server: Server) -> None:

@@ -39,6 +39,10 @@ class Caches:
         self._forms: dict[tuple[Any, ...], Form] = {}  # by all that caches of one form have alike
         self._layers = [self._learned(name, caches[name], context[name]) for name in model.layers]
         self._rotation, self._why = self._rotates(config)
+        if self._rotation is not None:  # what turns keys is compiled beside the first requests
+            for turn in (self._rotation.placed(), self._rotation.moved(0, 1)):
+                for kernel in kernels(dtype_of(model.layout), turn):
+                    kernel.get()
         self._moved: dict[int, Turn] = {}  # by distance; guarded by _lock
         self._lock = threading.Lock()
 
@@ -107,9 +111,9 @@ class Caches:
         return probe(write, scratch, self._model.page_tokens, shape.heads, shape.key_dim, shape.value_dim)
 
 
-def kernels(dtype: torch.dtype) -> list[Any]:
+def kernels(dtype: torch.dtype, turn: Turn | None = None) -> list[Any]:
     """What moves keys and values on the CPU; asked for early, it is there when it is needed."""
-    return [kernel for kernel in (TAKE_KERNEL, put_kernel(None, dtype)) if kernel is not None]
+    return [kernel for kernel in (TAKE_KERNEL, put_kernel(turn, dtype)) if kernel is not None]
 
 
 def _writer() -> str:
