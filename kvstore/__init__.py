@@ -13,7 +13,7 @@ from kvstore.errors import BadInput, ForkError, KVStoreError, StoreBusy, StoreCl
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained
 from kvstore.keys import Extra, Fingerprint, Namespace
-from kvstore.layout import LayerShape, Layout
+from kvstore.layout import LayerShape, Layout, Shard
 from kvstore.store import Store
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "LayerShape",
     "Layout",
     "Namespace",
+    "Shard",
     # a scheduler's hints
     "Answer",
     "Job",

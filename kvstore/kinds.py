@@ -40,6 +40,12 @@ class Kind:
     origin: Origin
 
 
+def check_ttl(ttl: float | None) -> None:
+    """Raises ``BadInput`` for a time that is none."""
+    if ttl is not None and not ttl > 0:
+        raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
+
+
 def check_form(form: str, namespace: Namespace, root: bytes | None) -> None:
     """``BadInput`` where the keys of a chain behind ``root`` cannot be stored so."""
     if form not in (PRE, ROTATED):

@@ -200,6 +200,32 @@ class Layout:
         return {}
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one of several workers has of each block: all layers, and of their heads those from ``first_head`` on, as
+    many as its own ``layout`` has. ``group``: which workers compute together, of one engine that runs."""
+
+    layout: Layout
+    first_head: int
+    group: str
+
+    @property
+    def heads(self) -> int:
+        """How many it has."""
+        return self.layout.layers[0].heads
+
+    def check(self, whole: Layout) -> None:
+        """Raises ``BadInput`` if blocks of that layout are not put together from such."""
+        heads = whole.layers[0].heads
+        shapes = tuple(LayerShape(self.heads, shape.key_dim, shape.value_dim) for shape in whole.layers)
+        like = Layout(shapes, whole.dtype, whole.block_tokens, whole.alignment)
+        if any(shape.heads != heads for shape in whole.layers) or self.layout != like:
+            raise BadInput("a shard's layout must be that of whole blocks, but for fewer heads, as many in each layer")
+        if not 0 <= self.first_head <= heads - self.heads:
+            last = self.first_head + self.heads - 1
+            raise BadInput(f"a shard of heads {self.first_head} to {last} is none of blocks with {heads}")
+
+
 def _up(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 

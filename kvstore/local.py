@@ -15,15 +15,16 @@ from kvstore.census import census
 from kvstore.composition import Composition
 from kvstore.discovery import Discoveries
 from kvstore.erasure import Eraser, Receipt
-from kvstore.errors import BadInput, ForkError, StoreClosed, TierError
+from kvstore.errors import ForkError, StoreClosed, TierError
 from kvstore.finder import Finder
 from kvstore.hot import Hot
 from kvstore.job import Answer, Job
+from kvstore.joiner import Joiner
 from kvstore.keeper import Demoted, Keeper, Pinned, Retained, TierName
 from kvstore.keys import Namespace, token_bytes
-from kvstore.kinds import PRE, Origin, check_form
+from kvstore.kinds import PRE, Origin, check_form, check_ttl
 from kvstore.known import Known
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Shard
 from kvstore.load import Load
 from kvstore.loader import Loader
 from kvstore.match import Match
@@ -75,6 +76,7 @@ class LocalStore(Store):
         self._writer = Writer(self._residency, self._mover)
         self._admission = Admission(self._residency, self._writer)
         self._saver = Saver(self._residency, self._writer)
+        self._joiner = Joiner(self._residency, self._saver)
         self._eraser = Eraser(self._residency, self._mover, self._remote)
         self._on_close, self._when_closed = on_close, closed
         self._pid, self._closed = os.getpid(), False
@@ -141,16 +143,11 @@ class LocalStore(Store):
 
     def drafts(self, layout: Layout, count: int) -> list[Draft]:
         self._alive()
+        self._joiner.trim()
         return self._saver.drafts(layout, count)
 
     def lacking(
-        self,
-        namespace: Namespace,
-        layout: Layout,
-        token_ids: object,
-        numbers: Sequence[int],
-        *,
-        root: bytes | None = None,
+        self, namespace: Namespace, layout: Layout, token_ids: object, numbers: Sequence[int], root: bytes | None = None
     ) -> list[int]:
         """Of these blocks of a chain, by their number in it, those that are not in memory: what a save needs."""
         self._alive()
@@ -168,16 +165,31 @@ class LocalStore(Store):
         ttl: float | None = None,
         writer: str = "",
         form: str = PRE,
+        shard: Shard | None = None,
     ) -> Saved:
         self._alive()
         tokens = token_bytes(token_ids)
         check_form(form, namespace, root)
-        if ttl is not None and not ttl > 0:
-            raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
-        check_drafts(layout, drafts, lambda draft: draft.usable(self._residency))
+        check_ttl(ttl)
+        check_drafts(layout if shard is None else shard.layout, drafts, lambda draft: draft.usable(self._residency))
         self._known.add(namespace)
         root, origin = root or namespace.root, Origin(form, writer)
-        return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, origin)
+        if shard is None:
+            return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, origin)
+        return self._joiner.save(namespace, root, layout, tokens, drafts, shard, owner, ttl, origin)
+
+    def join(
+        self,
+        namespace: Namespace,
+        layout: Layout,
+        token_ids: object,
+        parts: Mapping[int, memoryview],
+        shard: Shard,
+        root: bytes | None = None,
+    ) -> None:
+        """Copies in payloads of a worker's shard, by block number; ``save`` with the shard publishes them."""
+        self._alive()
+        self._joiner.join(namespace, root or namespace.root, layout, token_bytes(token_ids), parts, shard)
 
     def pin(self, match: Match, tier: TierName = "host", *, seconds: float) -> Pinned:
         self._alive()

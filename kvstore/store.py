@@ -15,7 +15,7 @@ from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName
 from kvstore.keys import Namespace
 from kvstore.kinds import PRE
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Shard
 from kvstore.load import Load
 from kvstore.match import Match
 from kvstore.prospect import Prospect
@@ -111,6 +111,7 @@ class Store(ABC):
         ttl: float | None = None,
         writer: str = "",
         form: str = PRE,
+        shard: Shard | None = None,
     ) -> Saved:
         """Publishes a chain's blocks; returns at once, visible to ``match`` from now on.
 
@@ -122,6 +123,8 @@ class Store(ABC):
         ``writer``: the engine and its build. ``form``: how keys stand in the drafts, "pre" (before rotation) or
         "rotated": turned for the positions of their tokens. The latter only for chains that start at position 0, behind
         nothing, so without a ``root``. Blocks of one chain may differ in it; what is stored stays as it is.
+        ``shard``: of several workers, what this one has; drafts have its layout. A block is visible once all its heads
+        have come, within half a minute, whoever saves the last.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ FLOORS = (
     "known hot uses residency job remote",
     "room budget fetch erasure restore census notes waiting finder prospect segments",
     "writer load save discovery admission",
-    "intake loader outlook upload prefetch keeper",
+    "intake loader outlook upload prefetch keeper joiner",
     "store",
     "local",
     "daemon",
@@ -70,6 +70,7 @@ ONLY_PORTS |= {
     "admission",
     "keeper",
     "intake",
+    "joiner",
     "doomed",
 }
 PORTS = {"tiers.base", "tiers.host", "policies.look_ahead"}

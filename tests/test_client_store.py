@@ -11,6 +11,7 @@ import pytest
 import test_discovery
 import test_keeping
 import test_keeping_verbs
+import test_shards
 import test_store
 from blocks import NS, SMALL, fill, found, ids, load_all, marks, recount, save, wrong
 from gates import MIB
@@ -25,7 +26,7 @@ OTHERS = {
 }
 ALIKE = [
     test
-    for module in (test_store, test_discovery, test_keeping, test_keeping_verbs)
+    for module in (test_store, test_shards, test_discovery, test_keeping, test_keeping_verbs)
     for name, test in vars(module).items()
     if name.startswith("test_") and "store" in inspect.signature(test).parameters and name not in OTHERS
 ]

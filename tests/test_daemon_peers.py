@@ -201,7 +201,7 @@ def test_what_is_asked_behind_a_save_waits_for_it(client: HostedClient, monkeypa
         asked = peer.ask("drafts", layout, 1, number=1)
         given = [[0, asked[0][0][0], False]]
         assert peer.ask("flush", None, number=2)[0] == 2
-        assert peer.ask("save", space, layout, tokens, given, None, "", None, "", "pre", number=3)[0] == 3
+        assert peer.ask("save", space, layout, tokens, given, None, "", None, "", "pre", None, number=3)[0] == 3
         peer.send(framed(["match", space, layout, tokens, None, 0, True], 4))
         assert begun.wait(PATIENCE)
         flushing.set()

@@ -107,7 +107,7 @@ class Caches:
         if cache.device.type == "cpu":  # so that what is proved is what will run
             for kernel in kernels(cache.dtype):
                 kernel.wait(COMPILED_WITHIN)
-        shape = self._model.shard.layers[0]
+        shape = self._model.part.layers[0]
         return probe(write, scratch, self._model.page_tokens, shape.heads, shape.key_dim, shape.value_dim)
 
 

@@ -88,9 +88,7 @@ class Loading:
         """A load of what holds a part; None when some of it is gone, or it is too late."""
         if time.monotonic() >= self._deadline:
             return None
-        model, sharded = self._model, self.load.sharded
-        layout = model.shard if sharded else model.layout
-        namespace = model.namespace(self.load.scope, self._rank if sharded else None)
+        namespace, layout = self._model.namespace(self.load.scope), self._model.layout
         match = self._store.match(namespace, layout, part.token_ids, first=part.first, whole=True)
         if match.tokens < part.stop:
             match.release()
@@ -110,7 +108,7 @@ class Loading:
             self._fail(part.column + max(0, stop - part.first))
         if stop <= part.first:
             return
-        first_head = 0 if self.load.sharded else self._model.first_head(self._rank)
+        first_head = self._model.first_head(self._rank)
         for runs, turn in self._runs(layer, part, bringing, skipped, stop):
             self._caches.put(layer, runs, turn, self.load.pages, first_head)
         if not bringing.intact():

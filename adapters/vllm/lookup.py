@@ -64,22 +64,10 @@ class Lookup:
         return found if worse is exact else exact
 
     def _prefix(self, scope: Scope, prompt: bytes, computed: int) -> Found:
-        """The longest stored prefix, of blocks with all heads, or else of each worker's."""
-        model = self._model
-        matches = [self._store.match(model.namespace(scope), model.layout, prompt, first=computed)]
-        sharded = False
-        if model.ranks > 1:
-            shards = [
-                self._store.match(model.namespace(scope, rank), model.shard, prompt, first=computed)
-                for rank in range(model.ranks)
-            ]
-            sharded = min(shard.tokens for shard in shards) > matches[0].tokens
-            matches, others = (shards, matches) if sharded else (matches, shards)
-            for match in others:
-                match.release()
-        tokens = min(match.tokens for match in matches)
-        parts = (Part(prompt[: tokens * TOKEN_BYTES], 0, tokens, 0),) if tokens else ()
-        return Found(tokens, tokens, parts, tuple(matches), sharded)
+        """The longest stored prefix."""
+        match = self._store.match(self._model.namespace(scope), self._model.layout, prompt, first=computed)
+        parts = (Part(prompt[: match.tokens * TOKEN_BYTES], 0, match.tokens, 0),) if match.tokens else ()
+        return Found(match.tokens, match.tokens, parts, (match,))
 
     def _segments(self, scope: Scope, prompt: bytes, segments: Sequence[tuple[int, int]], prefix: int) -> Found:
         """As many of the segments as are stored, and a part of the next."""

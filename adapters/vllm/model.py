@@ -16,7 +16,7 @@ from kvstore.adapters.vllm.rotation import buffers
 from kvstore.adapters.vllm.step import Scope
 from kvstore.errors import BadInput, Unsupported
 from kvstore.keys import Fingerprint, Namespace
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Shard
 from kvstore.plan import named
 from kvstore.store import Store
 
@@ -31,10 +31,11 @@ class Model:
     ranks: int  # workers that share them
     layout: Layout  # of blocks with all heads
     fingerprint: Fingerprint
+    engine: str = ""  # its workers' group
 
     @property
-    def shard(self) -> Layout:
-        """Of blocks that hold one worker's heads."""
+    def part(self) -> Layout:
+        """Of one worker's part of a block: its heads."""
         shape = self.layout.layers[0]
         heads = max(1, self.heads // self.ranks)
         return Layout.uniform(len(self.layers), heads, shape.key_dim, self.layout.dtype, self.layout.block_tokens)
@@ -43,15 +44,21 @@ class Model:
         """The first kv head of a worker."""
         return rank * self.heads // self.ranks
 
-    def namespace(self, scope: Scope, rank: int | None = None) -> Namespace:
-        """Of a request's blocks; with ``rank``, of those that hold that worker's heads only."""
+    def shard(self, rank: int) -> Shard | None:
+        """What a worker has of a block; None: all of it."""
+        return None if self.ranks == 1 else Shard(self.part, self.first_head(rank), self.engine)
+
+    def saves(self, rank: int) -> bool:
+        """Whether a worker has heads that the one before it has not."""
+        return rank == 0 or self.first_head(rank) != self.first_head(rank - 1)
+
+    def namespace(self, scope: Scope) -> Namespace:
+        """Of a request's blocks."""
         parts: Mapping[str, str] = self.fingerprint.components
         if scope.adapter != "none":
             parts = {**parts, "adapters": scope.adapter}
         if scope.generation:
             parts = {**parts, "generation": str(scope.generation)}
-        if rank is not None:
-            parts = {**parts, "shard": f"{rank} of {self.ranks}"}
         return Namespace(self.fingerprint if parts is self.fingerprint.components else Fingerprint(parts), scope.tenant)
 
 
@@ -73,7 +80,8 @@ def describe(vllm_config: Any, kv_cache_config: Any, options: Options, store: St
     layout = Layout.uniform(len(names), heads, spec.head_size, dtype, options.block_tokens)
     ranks = parallel.tensor_parallel_size
     fingerprint = _fingerprint(vllm_config, options, store, len(names))
-    return Model(tuple(sorted(names, key=_number)), spec.block_size, heads, ranks, layout, fingerprint)
+    engine = str(vllm_config.kv_transfer_config.engine_id)
+    return Model(tuple(sorted(names, key=_number)), spec.block_size, heads, ranks, layout, fingerprint, engine)
 
 
 def _attention(kv_cache_config: Any) -> tuple[Any, list[str]]:

@@ -18,7 +18,6 @@ class Found(NamedTuple):
     tokens: int = 0  # leading tokens that can be had
     parts: tuple[Part, ...] = ()
     matches: tuple[Match, ...] = ()
-    sharded: bool = False
     approximate: bool = False
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from kvstore.adapters.vllm.caches import Caches
 from kvstore.adapters.vllm.model import Model
 from kvstore.adapters.vllm.step import Save
-from kvstore.keys import TOKEN_BYTES
+from kvstore.keys import TOKEN_BYTES, Namespace
 from kvstore.save import Draft
 from kvstore.store import Store
 
@@ -30,7 +30,7 @@ class Saving:
         self.save = save
         self._deadline = time.monotonic() + deadline
         self._model, self._store, self._caches, self._rank = model, store, caches, rank
-        self._layout = model.layout if model.ranks == 1 else model.shard
+        self._layout = model.part
         self._lock = threading.Lock()
         self._drafts: Mapping[int, Draft] | None = None  # what was read; None: not yet, or given away
         self._read = False  # nothing reads the pages any more
@@ -85,7 +85,7 @@ class Saving:
             return {}  # the engine wants its pages; what is not stored is a miss
         tokens = len(save.token_ids) // TOKEN_BYTES
         numbers = range(save.first // size, -(-tokens // size))
-        if save.first >= tokens:
+        if save.first >= tokens or not self._model.saves(self._rank):
             return {}
         drafts = dict(zip(numbers, self._store.drafts(self._layout, len(numbers)), strict=False))
         for number, draft in drafts.items():
@@ -99,19 +99,20 @@ class Saving:
     def _publish(self, drafts: Mapping[int, Draft]) -> None:
         """What was read, if anything, is found from now on."""
         save, model = self.save, self._model
-        namespace = model.namespace(save.scope, None if model.ranks == 1 else self._rank)
+        namespace = model.namespace(save.scope)
         if drafts:
             whole = (max(drafts) + 1) * self._layout.block_tokens * TOKEN_BYTES
             writer = self._caches.writer
-            self._store.save(namespace, self._layout, save.token_ids[:whole], drafts, form="rotated", writer=writer)
+            tokens, shard = save.token_ids[:whole], model.shard(self._rank)
+            self._store.save(namespace, model.layout, tokens, drafts, form="rotated", writer=writer, shard=shard)
         if save.prompt:
             self._keep(namespace)
 
-    def _keep(self, namespace: object) -> None:
-        """What the request wished for its prompt."""
+    def _keep(self, namespace: Namespace) -> None:
+        """What the request wished for its prompt; of several workers, the last finds all of it."""
         save = self.save
         match = self._store.match(
-            self._model.namespace(save.scope), self._layout, save.token_ids[: save.prompt * TOKEN_BYTES], whole=True
+            namespace, self._model.layout, save.token_ids[: save.prompt * TOKEN_BYTES], whole=True
         )
         try:
             if save.retain:

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from kvstore.adapters.vllm.ahead import Ahead
+from kvstore.adapters.vllm.hints import PIN, PREFETCH, RETAIN
 from kvstore.adapters.vllm.lookup import Lookup, parts, tiers
 from kvstore.adapters.vllm.model import Model
 from kvstore.adapters.vllm.options import BETWEEN, Options
-from kvstore.adapters.vllm.request import FIELD, Tracked, Wishes
+from kvstore.adapters.vllm.request import Tracked
 from kvstore.adapters.vllm.scope import Scopes
 from kvstore.adapters.vllm.step import Load, Save, Step
-from kvstore.errors import BadInput
 from kvstore.store import Store
 
 
@@ -26,6 +27,7 @@ class SchedulerHalf:
     def __init__(self, model: Model, store: Store, options: Options) -> None:
         self._model, self._options = model, options
         self._lookup = Lookup(model, store, options.timeout)
+        self._ahead = Ahead(model, store, options.timeout)
         self._scopes = Scopes(options.require_tenant)
         self._tracked: dict[str, Tracked] = {}
         self._step = Step()  # what the next step is told
@@ -40,12 +42,10 @@ class SchedulerHalf:
     def arrived(self, request: Any) -> None:
         """A new request. One that may have approximate blocks under its salt, and does not want them, reads none."""
         tracked = self._tracked[request.request_id] = self._scopes.track(request)
-        given = (request.kv_transfer_params or {}).get(FIELD)
-        try:
-            tracked.wishes = Wishes.read(given, request.num_prompt_tokens)
-        except BadInput as error:
-            tracked.refused["refused"] = str(error)
+        tracked.read()
         self._scopes.admit(tracked)
+        for hint in tracked.hints(PREFETCH):
+            self._ahead.prefetch(tracked.scope, hint)
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens behind the first ``computed`` can be loaded, and whether that is between steps.
@@ -69,6 +69,7 @@ class SchedulerHalf:
     def allocated(self, request: Any, pages: list[int], tokens: int) -> None:
         """The engine has pages for a request, and wants ``tokens`` loaded into them."""
         tracked = self._tracked[request.request_id]
+        tracked.waiting, tracked.jobs = False, ()
         question = tracked.question
         if not tokens or question is None or tracked.loading:
             if not tracked.loading:
@@ -81,7 +82,6 @@ class SchedulerHalf:
             parts=parts(tracked.found, *columns),
             pages=tuple(pages),
             within=self._options.load != BETWEEN,
-            sharded=tracked.found.sharded,
         )
         self._step.loads.append(load)
         tracked.by_tier, tracked.loading = tiers(tracked.found, *columns), not load.within
@@ -96,6 +96,7 @@ class SchedulerHalf:
     def step(self) -> Step:
         """What the workers are told of this step."""
         step, self._step = self._step, Step()
+        self._ahead.waiting([tracked for tracked in self._tracked.values() if tracked.waiting and tracked.served])
         loading = {load.request for load in step.loads}
         for name, tracked in self._tracked.items():
             if tracked.request.num_preemptions != tracked.preemptions:
@@ -164,34 +165,22 @@ class SchedulerHalf:
         tracked.release()
         stop = min(self._computed(tracked), len(request.all_token_ids) - 1)
         if tracked.loading:
-            return False, self._told(tracked)  # the engine waits for the load, and hears of it from the workers
+            return False, tracked.told  # the engine waits for the load, and hears of it from the workers
         last = Save(name, tracked.scope, b"", 0, (), True)  # of nothing, to hear when all is read
         if self._saves(tracked) and stop > tracked.saved:
             last = self._save(name, tracked, stop, pages, held=True)
-        wishes, told = tracked.wishes, self._told(tracked)
-        if tracked.served and (wishes.retain or wishes.pin):
-            prompt = min(stop, request.num_prompt_tokens)
-            kept = {"prompt": prompt, "retain": wishes.retain, "pin": wishes.pin}
+        retain, pin = tracked.seconds(RETAIN), tracked.seconds(PIN)
+        if retain or pin:
+            kept = {"prompt": min(stop, request.num_prompt_tokens), "retain": retain, "pin": pin}
             last = replace(last, token_ids=last.token_ids or tracked.upto(stop), first=last.first or stop, **kept)
         if not (tracked.saving or last.token_ids):
-            return False, told
+            return False, tracked.told
         self._step.saves.append(last)
-        return True, told
-
-    def _told(self, tracked: Tracked) -> dict[str, Any] | None:
-        """What the reply says."""
-        if (tracked.request.kv_transfer_params or {}).get(FIELD) is None:
-            return None
-        wishes = tracked.wishes
-        asked = {"retain": wishes.retain, "pin": wishes.pin}
-        hints = {name: "accepted" if tracked.served else "ignored" for name, seconds in asked.items() if seconds}
-        given = {"tokens": sum(tracked.by_tier.values()), "by_tier": tracked.by_tier}
-        return {
-            FIELD: {**given, "mode": "modular" if tracked.found.approximate else "exact", **tracked.refused, **hints}
-        }
+        return True, tracked.told
 
     def close(self) -> None:
-        """Ends the look-up thread."""
+        """Ends the threads."""
+        self._ahead.close()
         self._lookup.close()
 
     def reset(self) -> None:

@@ -35,7 +35,6 @@ class Load:
     parts: tuple[Part, ...]
     pages: tuple[int, ...]  # of the whole request, from its first token on
     within: bool  # the step itself waits for it, layer by layer
-    sharded: bool  # from blocks that hold one worker's heads each
 
 
 @dataclass(frozen=True)

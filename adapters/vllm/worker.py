@@ -37,7 +37,7 @@ class WorkerHalf:
     def register(self, caches: dict[str, Any], context: dict[str, Any], config: Any) -> None:
         """The engine's caches, by the names of layers. Raises ``Unsupported`` for what is not known."""
         self._caches = Caches(self._model, caches, context, config, self._rank)
-        self._store.expect(self._model.layout if self._model.ranks == 1 else self._model.shard)
+        self._store.expect(self._model.part)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

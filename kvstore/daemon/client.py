@@ -19,15 +19,15 @@ from kvstore.composition import Composition, Text
 from kvstore.daemon.caller import Caller
 from kvstore.daemon.connection import Connection
 from kvstore.daemon.lent import Lending, LentDraft, LentLoad, LentMatch, LentSaved, NotSaved
-from kvstore.daemon.packed import composition_of, pack_namespace, packed_layout, prospect_of
+from kvstore.daemon.packed import composition_of, pack_namespace, pack_shard, packed_layout, prospect_of
 from kvstore.daemon.pinning import Pinning
 from kvstore.erasure import Receipt
 from kvstore.errors import BadInput, Unreachable
 from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName, check_seconds
 from kvstore.keys import Namespace, check_names, token_bytes
-from kvstore.kinds import PRE, check_form
-from kvstore.layout import Layout
+from kvstore.kinds import PRE, check_form, check_ttl
+from kvstore.layout import Layout, Shard
 from kvstore.load import Load
 from kvstore.match import Match
 from kvstore.prospect import Prospect
@@ -182,19 +182,19 @@ class Client(Store):
         ttl: float | None = None,
         writer: str = "",
         form: str = PRE,
+        shard: Shard | None = None,
     ) -> Saved:
-        tokens, deadline = token_bytes(token_ids), self._caller.deadline()
-        if ttl is not None and not ttl > 0:
-            raise BadInput(f"ttl must be a positive number of seconds, not {ttl}")
+        tokens, deadline, own = token_bytes(token_ids), self._caller.deadline(), shard.layout if shard else layout
+        check_ttl(ttl)
         check_names(owner, namespace.tenant, writer)
         check_form(form, namespace, root)
-        check_drafts(layout, drafts, lambda draft: isinstance(draft, LentDraft) and draft.usable(draft.staging))
+        check_drafts(own, drafts, lambda draft: isinstance(draft, LentDraft) and draft.usable(draft.staging))
         try:
             connection = self._caller.connected(deadline)
             addresses, deadline = self._lending.give(connection, drafts, deadline)
-            space, shape = pack_namespace(namespace), packed_layout(layout)
+            space, shape, part = pack_namespace(namespace), packed_layout(layout), pack_shard(shard, layout)
             number, _ = connection.channel.call(
-                "save", space, shape, tokens, addresses, root, owner, ttl, writer, form, deadline=deadline
+                "save", space, shape, tokens, addresses, root, owner, ttl, writer, form, part, deadline=deadline
             )
         except Unreachable:
             return NotSaved()

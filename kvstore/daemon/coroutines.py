@@ -19,7 +19,7 @@ from kvstore.job import Answer, Job
 from kvstore.keeper import Demoted, Pinned, Retained, TierName
 from kvstore.keys import Namespace
 from kvstore.kinds import PRE
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Shard
 from kvstore.load import Load
 from kvstore.match import Match
 from kvstore.save import Draft, Saved
@@ -102,9 +102,10 @@ class AsyncClient:
         ttl: float | None = None,
         writer: str = "",
         form: str = PRE,
+        shard: Shard | None = None,
     ) -> Saved:
         """See ``Store.save``."""
-        call = partial(self._client.save, root=root, owner=owner, ttl=ttl, writer=writer, form=form)
+        call = partial(self._client.save, root=root, owner=owner, ttl=ttl, writer=writer, form=form, shard=shard)
         return await self._run(call, namespace, layout, token_ids, drafts)
 
     async def durable(self, saved: Saved, timeout: float | None = None) -> Durable:

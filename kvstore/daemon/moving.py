@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kvstore.daemon.packed import checked, layout_of, namespace_of, pack_composition, pack_match, pack_prospect
+from kvstore.daemon.packed import (
+    checked,
+    layout_of,
+    namespace_of,
+    pack_composition,
+    pack_match,
+    pack_prospect,
+    shard_of,
+)
 from kvstore.daemon.session import GONE, Session, packed_bits
 from kvstore.errors import BadInput, TierError
 from kvstore.fetch import Fetch
+from kvstore.keys import Namespace
+from kvstore.layout import Layout
 from kvstore.residency import Resident
 from kvstore.save import Draft
 from kvstore.writer import Durable
@@ -96,11 +107,36 @@ def drafts(session: Session, layout: bytes, count: int) -> Reply:
 
 def intake(session: Session, number: int) -> Draft | None:
     """A block that the client has filled, copied and checked in; None when memory is short. Any thread."""
-    layout, slot = session.area.draft(number)
+    layout, payload = filled(session, number)
     draft = session.store.draft(layout)
     if draft is not None:
-        draft.fill(slot[layout.header_bytes : layout.header_bytes + layout.payload_bytes(layout.block_tokens)], True)
+        draft.fill(payload, True)
     return draft
+
+
+def filled(session: Session, number: int) -> tuple[Layout, memoryview]:
+    """The payload of a block that the client has filled. Raises ``BadInput``."""
+    layout, slot = session.area.draft(number)
+    return layout, slot[layout.header_bytes : layout.header_bytes + layout.payload_bytes(layout.block_tokens)]
+
+
+def _take_in(
+    session: Session,
+    namespace: Namespace,
+    layout: Layout,
+    tokens: bytes,
+    root: bytes | None,
+    drafts: Mapping[int, tuple[int, bool]],
+    copies: dict[int, Draft],
+) -> None:
+    """Copies what is not in memory yet to ``copies``, as far as there is memory."""
+    for block in session.store.lacking(namespace, layout, tokens, sorted(drafts), root=root):
+        number, early = drafts[block]
+        copy = session.area.copy_of(number) if early else None
+        draft = intake(session, number) if copy is None else copy.result()
+        if draft is None:
+            break
+        copies[block] = draft
 
 
 def save(
@@ -114,22 +150,24 @@ def save(
     ttl: float | None,
     writer: str,
     form: str,
+    part: Sequence[Any] | None,
 ) -> object:
     """See ``Store.save``: what is not in memory yet is copied and checked in once; then nobody's drafts are needed."""
     namespace, shape, store = namespace_of(space), layout_of(layout), session.store
+    shard = None if part is None else shard_of(part, shape)
     copies: dict[int, Draft] = {}
     drafts = {block: (number, early) for block, number, early in (checked(each, _GIVEN) for each in given)}
     try:
-        if any(session.area.draft(number)[0] != shape for number, _ in drafts.values()):
+        own = shape if shard is None else shard.layout
+        if any(session.area.draft(number)[0] != own for number, _ in drafts.values()):
             raise BadInput("a draft has another layout than the save; ask store.draft for one of this layout")
-        for block in store.lacking(namespace, shape, tokens, sorted(drafts), root=root):
-            number, early = drafts[block]
-            copy = session.area.copy_of(number) if early else None
-            draft = intake(session, number) if copy is None else copy.result()
-            if draft is None:
-                break
-            copies[block] = draft
-        saved = store.save(namespace, shape, tokens, copies, root=root, owner=owner, ttl=ttl, writer=writer, form=form)
+        if shard is None:
+            _take_in(session, namespace, shape, tokens, root, drafts, copies)
+        else:
+            parts = {block: filled(session, number)[1] for block, (number, _) in drafts.items()}
+            store.join(namespace, shape, tokens, parts, shard, root)
+        named = partial(store.save, owner=owner, ttl=ttl, writer=writer)
+        saved = named(namespace, shape, tokens, copies, root=root, form=form, shard=shard)
     finally:
         session.area.discard([number for number, _ in drafts.values()])
         for made in copies.values():

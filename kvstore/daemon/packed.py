@@ -13,9 +13,9 @@ from kvstore.block import pack_layout, unpack_layout
 from kvstore.composition import Chain, Composition, Context, Part, Placement, Text
 from kvstore.daemon.wire import few
 from kvstore.errors import BadInput, Corrupt
-from kvstore.keys import Fingerprint, Namespace
+from kvstore.keys import Fingerprint, Namespace, check_names
 from kvstore.kinds import Origin
-from kvstore.layout import Layout
+from kvstore.layout import Layout, Shard
 from kvstore.match import Match, Miss
 from kvstore.policies.cost import Line
 from kvstore.policies.split import Portion, Prospect
@@ -62,6 +62,24 @@ def layout_of(packed: bytes) -> Layout:
 def packed_layout(layout: Layout) -> bytes:
     """``block.pack_layout``, remembered."""
     return pack_layout(layout)
+
+
+def pack_shard(shard: Shard | None, whole: Layout) -> list[object] | None:
+    """What a worker has of blocks. Raises ``BadInput`` where it has none of such blocks."""
+    if shard is None:
+        return None
+    shard.check(whole)
+    check_names(shard.group, "", "")
+    return [packed_layout(shard.layout), shard.first_head, shard.group]
+
+
+def shard_of(packed: object, whole: Layout) -> Shard:
+    """What ``pack_shard`` packed."""
+    layout, first_head, group = checked(packed, (bytes, int, str))
+    check_names(group, "", "")
+    shard = Shard(layout_of(layout), first_head, group)
+    shard.check(whole)
+    return shard
 
 
 def pack_match(match: Match, number: int) -> list[object]:

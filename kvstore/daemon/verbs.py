@@ -25,6 +25,7 @@ class Verb:
     pace: Pace = "quick"
 
 
+_SAVE = (bytes, bytes, bytes, list, (bytes, NONE), str, (int, float, NONE), str, str, (list, NONE))
 VERBS: Mapping[str, Verb] = {
     "ping": Verb((), tending.ping),
     "match": Verb((bytes, bytes, bytes, (bytes, NONE), int, bool), moving.match),
@@ -33,7 +34,7 @@ VERBS: Mapping[str, Verb] = {
     "sums": Verb((int,), moving.sums),
     "drafts": Verb((bytes, int), moving.drafts),
     "put": Verb((int, int, bytes), pieces.put),
-    "save": Verb((bytes, bytes, bytes, list, (bytes, NONE), str, (int, float, NONE), str, str), moving.save, "save"),
+    "save": Verb(_SAVE, moving.save, "save"),
     "wait": Verb((int, (int, float, NONE)), moving.wait, "long"),
     "schedule": Verb((list,), queueing.schedule),
     "prospect": Verb((list, bool), moving.prospect),

@@ -32,6 +32,7 @@ class Ask:
     lora: str | None = None
     logprobs: int | None = None
     abort: int | None = None
+    actions: Sequence[Mapping[str, Any]] = ()  # of the engine's envelope of hints
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,14 @@ class Loop:
             extra_args=wishes,
         )
         lora = None if request["lora"] is None else self._adapter(request["lora"])
-        self._engine.llm_engine.add_request(name, prompt, params, lora_request=lora)
+        hints = self._hints(name, request["actions"])
+        self._engine.llm_engine.add_request(name, prompt, params, lora_request=lora, kv_hints=hints)
         return name
+
+    def _hints(self, name: str, actions: Sequence[Mapping[str, Any]]) -> Any:
+        from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+        return KvHintsEnvelope("1.0", name, [KvHintAction(**action) for action in actions]) if actions else None
 
     def _adapter(self, path: str) -> Any:
         from vllm.lora.request import LoRARequest

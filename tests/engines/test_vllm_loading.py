@@ -35,7 +35,7 @@ class Written:
 
 
 def loading(store: Any, caches: Any) -> Loading:
-    load = Load("one", Scope(), (Part(IDS, 0, TOKENS, 0),), tuple(range(TOKENS // PAGE)), False, False)
+    load = Load("one", Scope(), (Part(IDS, 0, TOKENS, 0),), tuple(range(TOKENS // PAGE)), False)
     return Loading(load, MODEL, store, caches, 0, 2.0)
 
 

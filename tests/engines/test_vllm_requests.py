@@ -137,9 +137,7 @@ def test_an_adapter_has_blocks_of_its_own(engine: Inside, alone: Alone, adapter:
     assert alone.says(engine.one(LONG, salt="adapted"), LONG)
 
 
-def test_hints_are_answered(engine: Inside, alone: Alone) -> None:
-    hinted = engine.one(OTHER, salt="hints", kvstore={"retain": 60, "pin": 60})
-    assert hinted.told["retain"] == hinted.told["pin"] == "accepted"
+def test_a_field_that_is_not_known_is_answered(engine: Inside, alone: Alone) -> None:
     unknown = engine.one(OTHER, salt="hints", kvstore={"segment": [[0, 5]]})
     assert unknown.told["refused"].startswith("kv_transfer_params[\"kvstore\"] has no 'segment'")
     assert alone.says(unknown, OTHER)
