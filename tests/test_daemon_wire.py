@@ -168,6 +168,7 @@ def test_nothing_that_is_sent_is_run(two_tenants: tuple[Daemon, str], tmp_path: 
     every, before, peer = corpus(canary), memory(started.pid, "VmHWM"), Peer(started.socket, token)
     for number in range(1000):
         data = draw.choice(every)
+        text = data.decode("latin-1")
         request = draw.choice(
             (
                 data,
@@ -187,7 +188,7 @@ def test_nothing_that_is_sent_is_run(two_tenants: tuple[Daemon, str], tmp_path: 
                     "pre",
                     [data, number, data.decode("latin-1")],
                 ],
-                ["remember", "note", data.decode("latin-1")],
+                ["remember", "note", text],
                 ["schedule", [data, [0, None, data, data, data, None, 0, None, 0, None]]],
                 msgpack.ExtType(1, data),
             )
