@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from kvstore.block import address_of
+from kvstore.checksum import digests
 from kvstore.keys import TOKEN_BYTES, Namespace, links
 from kvstore.kinds import Origin
 from kvstore.layout import Layout, Shard
@@ -33,6 +36,8 @@ class _Joint:
         self.draft, self.since = draft, time.monotonic()
         self.taken: set[int] = set()  # heads that came, or are coming
         self.there = 0  # heads that came
+        pieces = draft.layout.pieces(draft.layout.block_tokens)
+        draft.checksums = array("Q", bytes(8 * len(pieces)))  # each head's are set by who brings it
 
 
 class Joiner:
@@ -69,9 +74,7 @@ class Joiner:
                 if joint.taken & heads:  # as of workers that have the same heads
                     continue
                 joint.taken |= heads
-            to, of = address_of(joint.draft.payload), address_of(parts[number])
-            for target, source, size in moves:
-                ctypes.memmove(to + target, of + source, size)
+            _copy(joint.draft, parts[number], moves)
             with self._lock:
                 joint.there += len(heads)
 
@@ -134,14 +137,32 @@ class Joiner:
         return [(shard.group, key) for _, key, _ in links(namespace, root, tokens, size)]
 
 
+class _Move(NamedTuple):
+    """Some heads' keys, or values, of one layer: pieces ``first`` to ``last - 1`` of a whole block."""
+
+    to: int  # offset in the whole block's payload
+    of: int  # and in the part's
+    size: int
+    first: int
+    last: int
+
+
 @lru_cache(maxsize=64)
-def _moves(whole: Layout, part: Layout, first_head: int) -> tuple[tuple[int, int, int], ...]:
-    """Where each layer's keys and values go, come from, and how many bytes they are, of whole blocks' payloads."""
-    stride, moves = whole.block_tokens, list[tuple[int, int, int]]()
-    starts = zip(whole.layer_offsets(stride), part.layer_offsets(stride), strict=True)
-    for layer, (to, of) in zip(range(len(whole.layers)), starts, strict=False):
-        heads = part.layers[layer].heads
-        keys, values = part.key_bytes(layer, stride), part.value_bytes(layer, stride)
-        moves.append((to + first_head * keys // heads, of, keys))
-        moves.append((to + whole.key_bytes(layer, stride) + first_head * values // heads, of + keys, values))
-    return tuple(move for move in moves if move[2])
+def _moves(whole: Layout, part: Layout, first_head: int) -> tuple[_Move, ...]:
+    stride, heads, all_heads = whole.block_tokens, part.layers[0].heads, whole.layers[0].heads
+    theirs, ours, moves = whole.pieces(stride), part.pieces(stride), list[_Move]()
+    for run in range(2 * len(whole.layers)):
+        first, mine = run * all_heads + first_head, run * heads
+        size = heads * ours[mine].length
+        moves.append(_Move(theirs[first].offset, ours[mine].offset, size, first, first + heads))
+    return tuple(moves)
+
+
+def _copy(draft: Draft, part: memoryview, moves: Sequence[_Move]) -> None:
+    """Copies a worker's heads in, and takes the checksums of what was copied, while it is in the core's cache."""
+    layout, payload = draft.layout, draft.payload
+    to, of, sums = address_of(payload), address_of(part), draft.checksums
+    assert sums is not None
+    for move in moves:
+        ctypes.memmove(to + move.to, of + move.of, move.size)
+        sums[move.first : move.last] = digests(layout, layout.block_tokens, payload, to, move.first, move.last)

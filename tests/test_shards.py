@@ -6,12 +6,14 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 from blocks import JUNK, NS, found, ids, load_all, marks, recount, rows, save
 
 import kvstore
 from kvstore import BadInput, LayerShape, Layout, Shard, joiner
+from kvstore.local import LocalStore
 from kvstore.store import Store
 
 HEADS = 4
@@ -93,6 +95,21 @@ def test_workers_with_the_same_heads_count_once(store: Store) -> None:
     assert bring(store, tokens, 0, 2) == bring(store, tokens, 0, 2, writer=1) == bring(store, tokens, 1, 1) == 0
     assert bring(store, tokens, 2, 2) == 40
     assert load_all(store, [*tokens, 0], layout=WHOLE) == 40
+
+
+def test_what_was_put_together_is_checked_in_memory(store: Store) -> None:
+    tokens = ids(1, 40)
+    for first, heads in HALVES:
+        bring(store, tokens, first, heads)
+    size = WHOLE.payload_bytes(WHOLE.block_tokens)
+    load, buffer = store.load(found(store, tokens, layout=WHOLE)), bytearray(3 * size)
+    assert load.read_into(memoryview(buffer), check=True) == 3 * size
+    residency = cast(LocalStore, store)._residency
+    second = residency.host.view([one.address for one in residency.residents.values()][1])
+    second[WHOLE.header_bytes + size // 2] ^= 1
+    assert load.read_into(memoryview(buffer), check=True) == size
+    second[WHOLE.header_bytes + size // 2] ^= 1
+    load.release()
 
 
 def test_heads_that_do_not_come_are_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
