@@ -59,6 +59,7 @@ def test_they_are_what_the_stores_say(both: Any) -> None:
         assert value(told["kvstore_written_bytes"], tenant=tenant, tier="disk") == counters["disk_written_bytes"] > 0
         assert value(told["kvstore_corrupt_blocks"], tenant=tenant) == 0
         assert value(told["kvstore_sessions"], tenant=tenant) == 1
+    assert value(told["kvstore_refused_connections"]) == held.refused() == 3
     assert value(told["kvstore_build_info"], version=kvstore.__version__) == 1
     assert value(told["kvstore_ready"]) == 1 and value(told["kvstore_uptime_seconds"]) > 0
     assert value(told["process_resident_memory_bytes"]) > 0

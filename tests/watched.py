@@ -39,6 +39,10 @@ class Watched:
             for at, tenant in enumerate(self.stores)
         ]
 
+    def refused(self) -> int:
+        """Some."""
+        return 3
+
     def uptime(self) -> float:
         """Seconds."""
         return time.time() - self._since

@@ -82,6 +82,7 @@ def _daemon(version: str, watched: Watched) -> Iterator[Metric]:
     yield InfoMetricFamily("kvstore_build", "What is running.", value={"version": version})
     yield GaugeMetricFamily("kvstore_uptime_seconds", "Seconds since the daemon began.", watched.uptime())
     yield GaugeMetricFamily("kvstore_ready", "1 while it serves, 0 while it cannot.", float(not watched.ready()))
+    yield CounterMetricFamily("kvstore_refused_connections", "Connections that were closed at once.", watched.refused())
     last = max((when for when, _ in watched.failures()), default=0.0)
     yield GaugeMetricFamily("kvstore_last_warning_timestamp_seconds", "When it last warned; 0: never.", last)
 

@@ -225,6 +225,10 @@ class Watch:
             found.append(SessionInfo(*who, session.since, leases, drafts, staged))
         return found
 
+    def refused(self) -> int:
+        """So far."""
+        return self._server.refused
+
     def uptime(self) -> float:
         """Seconds."""
         return time.monotonic() - self._server.started

@@ -83,6 +83,7 @@ class Server:
     def _taken(self, sock: socket.socket, _: object) -> None:
         peer = peer_of(sock)
         if self.full:
+            self.refused += 1
             log.warning("%s is refused: there are %d clients", peer, self._most)
             sock.close()
             return

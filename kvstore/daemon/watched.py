@@ -37,6 +37,9 @@ class Watched(Protocol):
     def sessions(self) -> Sequence[SessionInfo]:
         """All clients."""
 
+    def refused(self) -> int:
+        """Connections so far that were closed at once: of nobody who is served here, or too many at a time."""
+
     def uptime(self) -> float:
         """Seconds."""
 
