@@ -6,8 +6,10 @@ What a waiting request will read is brought from disk while others run, and is n
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
+from heapq import nsmallest
+from itertools import islice
 
 from kvstore.adapters.vllm.hints import IGNORED, Hint
 from kvstore.adapters.vllm.model import Model
@@ -26,8 +28,8 @@ HELD = 60.0  # seconds that a prompt which will follow is kept in memory
 class Ahead:
     """One per engine. Belongs to the scheduler's thread, which waits for nothing of it."""
 
-    def __init__(self, model: Model, store: Store, timeout: float) -> None:
-        self._model, self._store, self._timeout = model, store, timeout
+    def __init__(self, model: Model, store: Store, timeout: float, by_priority: bool) -> None:
+        self._model, self._store, self._timeout, self._by_priority = model, store, timeout, by_priority
         self._told: list[str] = []
         self._lock = threading.Lock()
         self._queue: list[Job] | None = None  # what the thread is yet to tell; guarded by _lock
@@ -37,9 +39,12 @@ class Ahead:
         """Ends the thread."""
         self._thread.close(self._timeout)
 
-    def waiting(self, requests: Sequence[Tracked]) -> None:
+    def waiting(self, requests: Iterable[Tracked]) -> None:
         """After each step's choice: those that wait still, in the order in which they came."""
-        nearest = sorted(requests, key=lambda tracked: tracked.request.priority)[:NEAREST]
+        if self._by_priority:
+            nearest = nsmallest(NEAREST, requests, key=lambda tracked: tracked.request.priority)
+        else:
+            nearest = list(islice(requests, NEAREST))
         names = [tracked.request.request_id for tracked in nearest]
         if names == self._told:
             return

@@ -48,7 +48,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._refuse(error)
             return
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(model, self._store, self._options)
+            by_priority = vllm_config.scheduler_config.policy == "priority"
+            self._scheduler = SchedulerHalf(model, self._store, self._options, by_priority)
         else:
             rank = parallel.rank % parallel.tensor_parallel_size
             self._worker = WorkerHalf(model, self._store, self._options, rank)

@@ -81,7 +81,6 @@ class Tracked:
     saved: int = 0  # leading tokens that are stored, or about to be
     saving: bool = False  # some of its pages may still be read
     preemptions: int = 0
-    waiting: bool = True  # it has no pages yet
     jobs: tuple[Job, ...] = ()  # what the store is told of it while it waits
 
     @property

@@ -24,12 +24,15 @@ from kvstore.store import Store
 class SchedulerHalf:
     """One per engine."""
 
-    def __init__(self, model: Model, store: Store, options: Options) -> None:
+    def __init__(self, model: Model, store: Store, options: Options, by_priority: bool) -> None:
+        """``by_priority``: requests wait by their priority, and else in the order in which they came."""
         self._model, self._options = model, options
         self._lookup = Lookup(model, store, options.timeout)
-        self._ahead = Ahead(model, store, options.timeout)
+        self._ahead = Ahead(model, store, options.timeout, by_priority)
         self._scopes = Scopes(options.require_tenant)
-        self._tracked: dict[str, Tracked] = {}
+        self._tracked: dict[str, Tracked] = {}  # all; there can be many more that wait than a step can look at
+        self._waiting: dict[str, Tracked] = {}  # those that have no pages yet
+        self._running: dict[str, Tracked] = {}  # those that have, or had
         self._step = Step()  # what the next step is told
         self._pages: Any = None  # the engine's manager of them
 
@@ -44,6 +47,8 @@ class SchedulerHalf:
         tracked = self._tracked[request.request_id] = self._scopes.track(request)
         tracked.read()
         self._scopes.admit(tracked)
+        if tracked.served:
+            self._waiting[request.request_id] = tracked
         for hint in tracked.hints(PREFETCH):
             self._ahead.prefetch(tracked.scope, hint)
 
@@ -68,8 +73,9 @@ class SchedulerHalf:
 
     def allocated(self, request: Any, pages: list[int], tokens: int) -> None:
         """The engine has pages for a request, and wants ``tokens`` loaded into them."""
-        tracked = self._tracked[request.request_id]
-        tracked.waiting, tracked.jobs = False, ()
+        tracked = self._running[request.request_id] = self._tracked[request.request_id]
+        self._waiting.pop(request.request_id, None)
+        tracked.jobs = ()
         question = tracked.question
         if not tokens or question is None or tracked.loading:
             if not tracked.loading:
@@ -96,9 +102,9 @@ class SchedulerHalf:
     def step(self) -> Step:
         """What the workers are told of this step."""
         step, self._step = self._step, Step()
-        self._ahead.waiting([tracked for tracked in self._tracked.values() if tracked.waiting and tracked.served])
+        self._ahead.waiting(self._waiting.values())
         loading = {load.request for load in step.loads}
-        for name, tracked in self._tracked.items():
+        for name, tracked in self._running.items():
             if tracked.request.num_preemptions != tracked.preemptions:
                 tracked.preemptions = tracked.request.num_preemptions
                 tracked.saving, tracked.loading = False, name in loading
@@ -138,7 +144,7 @@ class SchedulerHalf:
 
     def output(self, received: set[str], invalid: set[int]) -> None:
         """What workers said of a step: who has been loaded, and which pages are not what they should be."""
-        for name, tracked in self._tracked.items():
+        for name, tracked in self._running.items():
             if invalid and tracked.by_tier and not tracked.failed:
                 self._lost(name, tracked, invalid)
             if name in received:
@@ -160,6 +166,8 @@ class SchedulerHalf:
         """Whether we let the engine know when it may have the pages, and what the caller is told."""
         name = request.request_id
         tracked = self._tracked.pop(name, None)
+        for some in (self._running, self._waiting):
+            some.pop(name, None)
         if tracked is None:
             return False, None
         tracked.release()
