@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
-from daemons import daemon
+from daemons import daemon, start, until
 from hugging_face import replies
 from inside import begin, running
 from models import prompt
@@ -44,6 +45,37 @@ def test_what_workers_write_together_all_engines_read(tmp_path: Path, llama: Pat
     assert there.tokens == alone_too.tokens
     whole = [len(ids) // BLOCK_TOKENS * BLOCK_TOKENS for ids in (TWO, MORE)]
     assert all(have >= least for have, least in zip(there.cached, whole, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_what_workers_do_not_get_they_compute(tmp_path: Path, llama: Path, number: int) -> None:
+    folder = tmp_path / "cache"
+    flags = ("--dir", folder, "--host", "256MiB")
+    daemons = [start(tmp_path, *flags)]
+    config = transfer(socket=daemons[0].url, deadline=3, timeout=1)
+    try:
+        with running(llama, tmp_path / "log", config, tensor_parallel_size=2) as engine:
+            said = [engine.one(ids).tokens for ids in ONE]
+            engine.forget()
+            assert [engine.one(ids).cached for ids in ONE] == [len(ids) - 1 for ids in ONE]
+            for end in (lambda: daemons[0].process.send_signal(number), daemons[0].kill):
+                end()
+                engine.forget()
+                assert [engine.one(ids).tokens for ids in ONE] == said
+            daemons.append(start(tmp_path, *flags))
+
+            def stored() -> bool:
+                engine.forget()
+                answer = engine.one(TWO, 1)
+                return answer.cached == len(TWO) - 1
+
+            until(stored, "nothing is stored in the daemon that came back")
+            engine.forget()
+            assert [engine.one(ids).tokens for ids in ONE] == said
+    finally:
+        for each in daemons:
+            if each.process.poll() is None:
+                each.kill()
 
 
 def test_workers_that_are_apart_need_the_daemon(tmp_path: Path, llama: Path) -> None:
