@@ -102,14 +102,20 @@ def test_what_was_put_together_is_checked_in_memory(store: Store) -> None:
     for first, heads in HALVES:
         bring(store, tokens, first, heads)
     size = WHOLE.payload_bytes(WHOLE.block_tokens)
-    load, buffer = store.load(found(store, tokens, layout=WHOLE)), bytearray(3 * size)
-    assert load.read_into(memoryview(buffer), check=True) == 3 * size
+
+    def read() -> int:
+        load = store.load(found(store, tokens, layout=WHOLE))
+        try:
+            return load.read_into(memoryview(bytearray(3 * size)), check=True)
+        finally:
+            load.release()
+
+    assert read() == 3 * size
     residency = cast(LocalStore, store)._residency
     second = residency.host.view([one.address for one in residency.residents.values()][1])
     second[WHOLE.header_bytes + size // 2] ^= 1
-    assert load.read_into(memoryview(buffer), check=True) == size
+    assert read() == size
     second[WHOLE.header_bytes + size // 2] ^= 1
-    load.release()
 
 
 def test_heads_that_do_not_come_are_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
