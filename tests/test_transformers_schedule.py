@@ -58,6 +58,8 @@ def test_all_runs_of_a_composition_count(store: LocalStore) -> None:
     assert reuse.save([whole.token_ids], hit.cache).wait().tokens == len(QUESTION)
     only_on_disk(store)
     loaded: Any = reuse.load(whole).cached_tokens
+    fetches_are_over(store)
+    assert leases_left(store) == 0
     only_on_disk(store)
     (answer,) = reuse.schedule([whole])
     assert (answer.state, answer.name) == ("prefetching", 0) and answer.tokens == answer.tokens_by_tier["disk"]
