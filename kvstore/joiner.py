@@ -11,7 +11,7 @@ import ctypes
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from kvstore.save import Draft, Saved, Saver
 PATIENCE = 30.0  # seconds that a block waits for the rest of its heads
 SHARE = 8  # such blocks take one part of so many of the host tier at most
 
-_Name = tuple[str, bytes]  # the group, and the block's key
+# The group, the block's key, and its layout: a chain may be saved in two, and what has one is no room for the other.
+_Name = tuple[str, bytes, Layout]
 
 
 class _Joint:
@@ -65,7 +66,6 @@ class Joiner:
         self.trim()
         names = self._names(namespace, root, layout, tokens, shard)
         heads = set(range(shard.first_head, shard.first_head + shard.heads))
-        moves = _moves(layout, shard.layout, shard.first_head)
         for number in self._saver.lacking(namespace, root, layout, tokens, sorted(parts)):
             joint = self._joint(names[number], layout)
             if joint is None:
@@ -74,7 +74,7 @@ class Joiner:
                 if joint.taken & heads:  # as of workers that have the same heads
                     continue
                 joint.taken |= heads
-            _copy(joint.draft, parts[number], moves)
+            _copy(joint.draft, parts[number], shard)
             with self._lock:
                 joint.there += len(heads)
 
@@ -134,7 +134,7 @@ class Joiner:
 
     def _names(self, namespace: Namespace, root: bytes, layout: Layout, tokens: bytes, shard: Shard) -> list[_Name]:
         size = layout.block_tokens * TOKEN_BYTES
-        return [(shard.group, key) for _, key, _ in links(namespace, root, tokens, size)]
+        return [(shard.group, key, layout) for _, key, _ in links(namespace, root, tokens, size)]
 
 
 class _Move(NamedTuple):
@@ -158,11 +158,11 @@ def _moves(whole: Layout, part: Layout, first_head: int) -> tuple[_Move, ...]:
     return tuple(moves)
 
 
-def _copy(draft: Draft, part: memoryview, moves: Sequence[_Move]) -> None:
+def _copy(draft: Draft, part: memoryview, shard: Shard) -> None:
     """Copies a worker's heads in, and takes the checksums of what was copied, while it is in the core's cache."""
     layout, payload = draft.layout, draft.payload
     to, of, sums = address_of(payload), address_of(part), draft.checksums
     assert sums is not None
-    for move in moves:
+    for move in _moves(layout, shard.layout, shard.first_head):  # a layout for which there is room has few pieces
         ctypes.memmove(to + move.to, of + move.of, move.size)
         sums[move.first : move.last] = digests(layout, layout.block_tokens, payload, to, move.first, move.last)

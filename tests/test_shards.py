@@ -30,27 +30,34 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         assert recount(opened) == []
 
 
-def shard(first: int, heads: int, group: str = "engine") -> Shard:
-    shapes = tuple(LayerShape(heads, shape.key_dim, shape.value_dim) for shape in WHOLE.layers)
-    return Shard(Layout(shapes, WHOLE.dtype, WHOLE.block_tokens), first, group)
+def shard(first: int, heads: int, group: str = "engine", whole: Layout = WHOLE) -> Shard:
+    shapes = tuple(LayerShape(heads, shape.key_dim, shape.value_dim) for shape in whole.layers)
+    return Shard(Layout(shapes, whole.dtype, whole.block_tokens), first, group)
 
 
 def bring(
-    store: Store, tokens: Sequence[int], first: int, heads: int, group: str = "engine", begin: int = 0, writer: int = 0
+    store: Store,
+    tokens: Sequence[int],
+    first: int,
+    heads: int,
+    group: str = "engine",
+    begin: int = 0,
+    writer: int = 0,
+    whole: Layout = WHOLE,
 ) -> int:
     """Saves some heads of a chain, from a block on; how many tokens are visible then."""
-    part, every, size = shard(first, heads, group), marks(NS, tokens, writer), WHOLE.block_tokens
+    part, every, size = shard(first, heads, group, whole), marks(NS, tokens, writer), whole.block_tokens
     numbers = range(begin, -(-len(tokens) // size))
     made = dict(zip(numbers, store.drafts(part.layout, len(numbers)), strict=True))
     for number, draft in made.items():
         block = every[number * size : (number + 1) * size]
-        for layer, shape in enumerate(WHOLE.layers):
+        for layer, shape in enumerate(whole.layers):
             for kind, view in enumerate(draft.layer(layer)):
-                width = (shape.value_dim if kind else shape.key_dim) * WHOLE.itemsize * size
+                width = (shape.value_dim if kind else shape.key_dim) * whole.itemsize * size
                 for head in range(heads):
-                    data = rows(WHOLE, layer, kind, first + head, block)
+                    data = rows(whole, layer, kind, first + head, block)
                     view[head * width : (head + 1) * width] = data + JUNK * (width - len(data))
-    return store.save(NS, WHOLE, tokens, made, shard=part).tokens
+    return store.save(NS, whole, tokens, made, shard=part).tokens
 
 
 def give_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +94,17 @@ def test_heads_of_two_engines_are_no_block(store: Store, monkeypatch: pytest.Mon
     assert found(store, tokens, layout=WHOLE).tokens == 0
     assert bring(store, tokens, 2, 2, "one") == 40
     assert load_all(store, [*tokens, 0], layout=WHOLE) == 40
+    give_up(store, monkeypatch)
+
+
+def test_heads_of_two_layouts_are_no_block(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of the larger one, in what was begun for the smaller, would be written over what lies behind it."""
+    tokens, wide = ids(1, 40), Layout((LayerShape(HEADS, 64, 64),) * 9, "float16", WHOLE.block_tokens)
+    assert bring(store, tokens, 0, 2) == bring(store, tokens, 2, 2, whole=wide) == 0
+    assert bring(store, tokens, 2, 2) == 40
+    assert load_all(store, [*tokens, 0], layout=WHOLE) == 40
+    assert bring(store, ids(2, 40), 0, 2, whole=wide) == 0 and bring(store, ids(2, 40), 2, 2, whole=wide) == 40
+    assert load_all(store, [*ids(2, 40), 0], layout=wide) == 40
     give_up(store, monkeypatch)
 
 
