@@ -11,14 +11,13 @@ import ctypes
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 from kvstore.block import address_of
 from kvstore.checksum import digests
 from kvstore.keys import TOKEN_BYTES, Namespace, links
-from kvstore.kinds import Origin
 from kvstore.layout import Layout, Shard
 from kvstore.residency import Residency
 from kvstore.save import Draft, Saved, Saver
@@ -86,18 +85,15 @@ class Joiner:
         tokens: bytes,
         drafts: Mapping[int, Draft],
         shard: Shard,
-        owner: str,
-        ttl: float | None,
-        origin: Origin,
+        publish: Callable[[Mapping[int, Draft]], Saved],
     ) -> Saved:
-        """Joins what is in ``drafts``, which are taken over, and publishes what is whole by now of the chain."""
+        """Joins what is in ``drafts``, which are taken over, and has what is whole by now of the chain published."""
         self.join(namespace, root, layout, tokens, {number: draft.payload for number, draft in drafts.items()}, shard)
         for draft in drafts.values():
             draft.discard()
         names = self._names(namespace, root, layout, tokens, shard)
         with self._turn:
-            whole = dict(self._whole(names, layout.layers[0].heads))
-            return self._saver.save(namespace, root, layout, tokens, whole, owner, ttl, origin)
+            return publish(dict(self._whole(names, layout.layers[0].heads)))
 
     def trim(self) -> None:
         """Gives up blocks whose other heads do not come."""

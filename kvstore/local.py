@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kvstore import budget
@@ -174,9 +175,10 @@ class LocalStore(Store):
         check_drafts(layout if shard is None else shard.layout, drafts, lambda draft: draft.usable(self._residency))
         self._known.add(namespace)
         root, origin = root or namespace.root, Origin(form, writer)
+        publish = partial(self._saver.save, namespace, root, layout, tokens, owner=owner, ttl=ttl, origin=origin)
         if shard is None:
-            return self._saver.save(namespace, root, layout, tokens, drafts, owner, ttl, origin)
-        return self._joiner.save(namespace, root, layout, tokens, drafts, shard, owner, ttl, origin)
+            return publish(drafts)
+        return self._joiner.save(namespace, root, layout, tokens, drafts, shard, publish)
 
     def join(
         self,

@@ -5,12 +5,12 @@ They come in ``kv_transfer_params["kvstore"]``, or as actions in vLLM's own enve
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore.errors import BadInput
+from kvstore.keys import token_bytes
 
 RETAIN, PIN, PREFETCH = "retain", "pin", "prefetch"
 HINTS = (RETAIN, PIN, PREFETCH)
@@ -87,6 +87,6 @@ def _token_ids(given: object) -> bytes:
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) > MOST_TOKENS:
         raise BadInput(f"prefetch needs a list of token ids, {MOST_TOKENS:,} at most")
     try:
-        return array("I", given).tobytes()
-    except (TypeError, OverflowError) as error:
+        return token_bytes(given)
+    except BadInput as error:
         raise BadInput(f"prefetch needs token ids: {error}") from None
